@@ -1,0 +1,62 @@
+"""Who runs the network: a registry of backends, and the PyTorch one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from detectron2.utils.registry import Registry
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .maskformer_model import MaskFormer
+
+BACKEND_REGISTRY = Registry("BACKEND")
+BACKEND_REGISTRY.__doc__ = """
+Backends by the name that MODEL.BACKEND gives. An entry is called as `entry(model, cfg)`; what it returns has
+
+    __call__(images: (B, 3, H, W) float32) -> (pred_logits (B, Q, K + 1), pred_masks (B, Q, H/4, W/4))
+
+with images padded but not normalised, on the model's device, and `prepare()`, which does ahead of time whatever the first
+call would have to do.
+"""
+
+# What makes a name known that is not registered yet.
+_INSTALL_HINTS = {
+    "tensorrt": "`import d2_trt` registers 'tensorrt' (this project's TensorRT plugin, which needs an NVIDIA GPU, "
+    "`pip install tensorrt` and torch2trt)",
+}
+
+
+def check_backend(name: str) -> None:
+    """Raise KeyError, with what is registered and how to get the rest, where MODEL.BACKEND names no backend."""
+    if name in BACKEND_REGISTRY:
+        return
+    known = ", ".join(repr(n) for n, _ in BACKEND_REGISTRY)
+    hints = [_INSTALL_HINTS[name]] if name in _INSTALL_HINTS else list(_INSTALL_HINTS.values())
+    raise KeyError(f"MODEL.BACKEND is {name!r}, which is not registered. Registered: {known}. {'; '.join(hints)}.")
+
+
+def build_backend(name: str, model: MaskFormer, cfg=None):
+    """The backend of that name for a model.
+
+    Raises:
+        KeyError: no such backend; see check_backend.
+    """
+    check_backend(name)
+    return BACKEND_REGISTRY.get(name)(model, cfg)
+
+
+class TorchBackend:
+    """Runs the model's own PyTorch modules."""
+
+    def __init__(self, model: MaskFormer, cfg=None):
+        self._model = model
+
+    def prepare(self) -> None:
+        """Nothing is left to do."""
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self._model.core(images)
+
+
+BACKEND_REGISTRY._do_register("torch", TorchBackend)
