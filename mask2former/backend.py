@@ -33,7 +33,9 @@ def check_backend(name: str) -> None:
         return
     known = ", ".join(repr(n) for n, _ in BACKEND_REGISTRY)
     hints = [_INSTALL_HINTS[name]] if name in _INSTALL_HINTS else list(_INSTALL_HINTS.values())
-    raise KeyError(f"MODEL.BACKEND is {name!r}, which is not registered. Registered: {known}. {'; '.join(hints)}.")
+    raise KeyError(
+        f"MODEL.BACKEND is {name!r}, which is not registered. Registered: {known}. {'; '.join(hints)}."
+    )
 
 
 def build_backend(name: str, model: MaskFormer, cfg=None):

@@ -167,12 +167,18 @@ class MaskFormer(nn.Module):
             raise ValueError(f"expected a list of at least one dict with an 'image', got {batched_inputs!r}")
         tensors = [self._checked_image(i, inputs) for i, inputs in enumerate(batched_inputs)]
         image_sizes = [(int(t.shape[-2]), int(t.shape[-1])) for t in tensors]
-        output_sizes = [self._output_size(i, x, s) for i, (x, s) in enumerate(zip(batched_inputs, image_sizes))]
+        output_sizes = [
+            self._output_size(i, x, s) for i, (x, s) in enumerate(zip(batched_inputs, image_sizes))
+        ]
         multiple = max(self.size_divisibility, 1)
         height = -(-max(s[0] for s in image_sizes) // multiple) * multiple
         width = -(-max(s[1] for s in image_sizes) // multiple) * multiple
         if len(tensors) == 1 and image_sizes[0] == (height, width):
-            return tensors[0].to(self.device, torch.float32, non_blocking=True)[None], image_sizes, output_sizes
+            return (
+                tensors[0].to(self.device, torch.float32, non_blocking=True)[None],
+                image_sizes,
+                output_sizes,
+            )
         images = self.pixel_mean.expand(len(tensors), -1, height, width).contiguous()
         for padded, tensor, (h, w) in zip(images, tensors, image_sizes):
             padded[:, :h, :w].copy_(tensor.to(self.device, non_blocking=True))
@@ -185,16 +191,22 @@ class MaskFormer(nn.Module):
         image = inputs["image"]
         channels = self.pixel_mean.shape[0]
         if not isinstance(image, Tensor):
-            raise ValueError(f"image {index} of the batch is a {type(image).__name__}; expected a torch.Tensor")
+            raise ValueError(
+                f"image {index} of the batch is a {type(image).__name__}; expected a torch.Tensor"
+            )
         if image.dim() != 3 or image.shape[0] != channels:
             raise ValueError(
                 f"image {index} of the batch has shape {tuple(image.shape)}; expected ({channels}, height, width), channels "
                 f"first, as many as MODEL.PIXEL_MEAN has numbers"
             )
         if 0 in image.shape:
-            raise ValueError(f"image {index} of the batch is empty: {tuple(image.shape)} (channels, height, width)")
+            raise ValueError(
+                f"image {index} of the batch is empty: {tuple(image.shape)} (channels, height, width)"
+            )
         if image.dtype == torch.bool or image.is_complex():
-            raise ValueError(f"image {index} of the batch has dtype {image.dtype}; expected an integer or floating one")
+            raise ValueError(
+                f"image {index} of the batch has dtype {image.dtype}; expected an integer or floating one"
+            )
         # One pass: a sum is finite only where every number is.
         if image.is_floating_point() and not torch.isfinite(image.sum(dtype=torch.float32)):
             raise ValueError(f"image {index} of the batch holds NaN or infinite values")

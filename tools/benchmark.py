@@ -20,6 +20,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -32,7 +33,9 @@ FIELDS = (
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--config-file",
         default="configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml",
@@ -44,12 +47,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--precision", nargs="+", choices=("fp32", "tf32", "fp16", "bf16"), default=["fp32"])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--all-tasks", action="store_true", help="semantic, instance and panoptic on together")
+    parser.add_argument(
+        "--all-tasks", action="store_true", help="semantic, instance and panoptic on together"
+    )
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--device", default=None, help="cuda or cpu; cuda where there is one")
     parser.add_argument("--output", default="results", help="folder of the CSV files")
-    parser.add_argument("--release", metavar="DIR", help="also time the official checkout in DIR, in its own process")
+    parser.add_argument(
+        "--release", metavar="DIR", help="also time the official checkout in DIR, in its own process"
+    )
     parser.add_argument("--implementation", default="d2_trt", help=argparse.SUPPRESS)
     parser.add_argument("--package-root", default=str(REPO), help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
@@ -92,8 +99,7 @@ def build_cfg(args: argparse.Namespace, device: str):
     if args.all_tasks:
         for task in ("SEMANTIC", "INSTANCE", "PANOPTIC"):
             opts += [f"MODEL.MASK_FORMER.TEST.{task}_ON", "True"]
-    weights = [] if "MODEL.WEIGHTS" in opts else ["MODEL.WEIGHTS", ""]
-    cfg.merge_from_list([*weights, *opts, "MODEL.DEVICE", device])
+    cfg.merge_from_list(["MODEL.WEIGHTS", "", *opts, "MODEL.DEVICE", device])
     return cfg
 
 
@@ -227,8 +233,8 @@ def draw_image(size: tuple[int, int]):
     return cv2.resize(small, size[::-1], interpolation=cv2.INTER_CUBIC)
 
 
-def run(args: argparse.Namespace) -> list[dict]:
-    """Rows of one implementation."""
+def run(args: argparse.Namespace, save_weights: str | None = None) -> list[dict]:
+    """Rows of one implementation; its weights go to `save_weights`, so that another can be timed with the same."""
     sys.path.insert(0, args.package_root)
     import detectron2
     import torch
@@ -237,6 +243,8 @@ def run(args: argparse.Namespace) -> list[dict]:
     cfg = build_cfg(args, device)
     image = draw_image(args.image_size)
     subject = Subject(cfg, args.implementation, image)
+    if save_weights:
+        torch.save({"model": subject.model.state_dict()}, save_weights)
     timer = Timer(device, args.warmup, args.iterations)
     common = {
         "date": datetime.date.today().isoformat(),
@@ -275,7 +283,9 @@ def run(args: argparse.Namespace) -> list[dict]:
                         "padded": "x".join(map(str, images.shape[-2:])),
                         "stage": stage,
                         # What there was to post-process: few segments make it easy.
-                        "segments": len(results[0]["panoptic_seg"][1]) if "panoptic_seg" in results[0] else "",
+                        "segments": len(results[0]["panoptic_seg"][1])
+                        if "panoptic_seg" in results[0]
+                        else "",
                         "instances": len(results[0]["instances"]) if "instances" in results[0] else "",
                     }
                     row.update(timer.measure(calls[stage], wall_clock=stage == "predictor"))
@@ -285,7 +295,16 @@ def run(args: argparse.Namespace) -> list[dict]:
 
 def run_release(args: argparse.Namespace, argv: list[str]) -> list[dict]:
     """Rows of the official checkout, from a process in which `mask2former` is the release's package."""
-    command = [sys.executable, __file__, "--implementation", "release", "--package-root", args.release, "--json", *argv]
+    command = [
+        sys.executable,
+        __file__,
+        "--implementation",
+        "release",
+        "--package-root",
+        args.release,
+        "--json",
+        *argv,
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"timing the release in {args.release} failed, see above: {' '.join(command)}")
@@ -309,7 +328,9 @@ def print_table(rows: list[dict]) -> None:
     table = [columns] + [[str(row[c]) for c in columns] for row in rows]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
     first = rows[0]
-    print(f"{first['config']}, {first['gpu']}, torch {first['torch']}, detectron2 {first['detectron2']}, {first['date']}")
+    print(
+        f"{first['config']}, {first['gpu']}, torch {first['torch']}, detectron2 {first['detectron2']}, {first['date']}"
+    )
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)))
 
@@ -323,10 +344,14 @@ def main(argv: list[str] | None = None) -> None:
         rows = run(args)
         print(json.dumps(rows), file=stdout)
         return
-    rows = run(args)
-    if args.release:
-        kept = [w for i, w in enumerate(argv) if w != "--release" and (i == 0 or argv[i - 1] != "--release")]
-        rows += run_release(args, kept)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = os.path.join(folder, "weights.pth") if args.release else None
+        rows = run(args, weights)
+        if args.release:
+            kept = [
+                w for i, w in enumerate(argv) if w != "--release" and (i == 0 or argv[i - 1] != "--release")
+            ]
+            rows += run_release(args, kept, weights)
     print_table(rows)
     print(f"written to {write_csv(args.output, rows)}")
 

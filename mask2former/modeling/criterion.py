@@ -17,4 +17,6 @@ class SetCriterion(nn.Module):
         self.register_buffer("empty_weight", weight)  # (num_classes + 1,), the last for "no object"
 
     def forward(self, outputs, targets):
-        raise NotImplementedError("this version evaluates models and does not train them yet: call model.eval() first")
+        raise NotImplementedError(
+            "this version evaluates models and does not train them yet: call model.eval() first"
+        )

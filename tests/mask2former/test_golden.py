@@ -49,7 +49,9 @@ def test_auxiliary_outputs_equal_the_release(golden):
     expected = [k for k in arrays if k.startswith("case0/aux")]
     assert len(outputs["aux_outputs"]) == len(expected) == predictor.num_layers
     for i, aux in enumerate(outputs["aux_outputs"]):
-        assert relative_error(aux["pred_logits"], torch.from_numpy(arrays[f"case0/aux{i}/pred_logits"])) < 1e-4
+        assert (
+            relative_error(aux["pred_logits"], torch.from_numpy(arrays[f"case0/aux{i}/pred_logits"])) < 1e-4
+        )
         assert aux["pred_masks"].shape == outputs["pred_masks"].shape
     assert relative_error(outputs["pred_masks"], torch.from_numpy(arrays["case0/pred_masks"])) < 1e-4
 

@@ -119,7 +119,11 @@ def test_panoptic_with_ties_equals_the_rules_applied_query_by_query(seed):
     masks[0, 3] = masks[0, 2]
     logits[0, 3] = logits[0, 2]
     opts = PostprocessOptions(
-        num_classes=classes, panoptic_on=True, semantic_on=False, object_mask_threshold=0.3, overlap_threshold=0.4
+        num_classes=classes,
+        panoptic_on=True,
+        semantic_on=False,
+        object_mask_threshold=0.3,
+        overlap_threshold=0.4,
     )
     (result,) = postprocess(
         logits,
@@ -139,7 +143,12 @@ def test_image_without_any_kept_query_gives_empty_results():
     logits = torch.zeros(1, 6, 4)
     logits[..., -1] = 10.0  # "no object"
     opts = PostprocessOptions(
-        num_classes=3, semantic_on=False, instance_on=True, panoptic_on=True, object_mask_threshold=0.8, topk=4
+        num_classes=3,
+        semantic_on=False,
+        instance_on=True,
+        panoptic_on=True,
+        object_mask_threshold=0.8,
+        topk=4,
     )
     (result,) = postprocess(
         logits,
@@ -232,26 +241,18 @@ def test_only_a_purely_semantic_config_resizes_scores_instead_of_masks():
     assert PostprocessOptions.from_config(semantic).resize_before_inference
 
 
-def test_large_image_keeps_temporaries_small():
-    """1344x1344 with 100 queries and 133 classes: the outputs and one set of mask logits, and little more."""
-    if not torch.cuda.is_available():
-        sizes = _largest_allocation_on_cpu()
-        # Mask logits at the output size: 100 x 1344 x 1344 floats; scores: 133 of them.
-        assert max(sizes) <= 4 * 133 * 1344 * 1344
-        assert sum(s > 64 << 20 for s in sizes) <= 4
-        return
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    _run_large("cuda")
-    peak = torch.cuda.max_memory_allocated() - before
-    outputs = 4 * 233 * 1344 * 1344
-    assert peak <= outputs + 3 * postprocessing.CUDA_CHUNK_BYTES + (1 << 29)
+def test_large_image_makes_few_large_tensors():
+    """1344x1344 with 100 queries and 133 classes; tests/mask2former/test_gpu.py bounds the peak on a GPU."""
+    sizes = _sizes_of_tensors_made()
+    # The class scores, 133 x 1344 x 1344 floats, are the largest; mask logits at that size, and few others, come near.
+    assert max(sizes) <= 4 * 133 * 1344 * 1344
+    assert sum(s > 64 << 20 for s in sizes) <= 4
 
 
-def _run_large(device: str) -> None:
+def _run_large() -> None:
     rng = torch.Generator().manual_seed(0)
-    logits = torch.randn(1, 100, 134, generator=rng).to(device) * 4
-    masks = torch.randn(1, 100, 336, 336, generator=rng).to(device) * 4
+    logits = torch.randn(1, 100, 134, generator=rng) * 4
+    masks = torch.randn(1, 100, 336, 336, generator=rng) * 4
     postprocess(
         logits,
         masks,
@@ -263,7 +264,7 @@ def _run_large(device: str) -> None:
     )
 
 
-def _largest_allocation_on_cpu() -> list[int]:
+def _sizes_of_tensors_made() -> list[int]:
     """Bytes of every tensor that post-processing makes."""
     sizes = []
 
@@ -272,9 +273,11 @@ def _largest_allocation_on_cpu() -> list[int]:
             out = func(*args, **(kwargs or {}))
             made = [out] if isinstance(out, torch.Tensor) else []
             inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
-            sizes.extend(t.numel() * t.element_size() for t in made if t.untyped_storage().data_ptr() not in inputs)
+            sizes.extend(
+                t.numel() * t.element_size() for t in made if t.untyped_storage().data_ptr() not in inputs
+            )
             return out
 
     with Recorder():
-        _run_large("cpu")
+        _run_large()
     return sizes

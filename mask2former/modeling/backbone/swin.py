@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
@@ -11,46 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-
-def _ceil_to(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def window_partition(x: Tensor, window_size: int) -> Tensor:
-    """(B, H, W, C), H and W multiples of the window -> (B, windows, window_size ** 2, C), windows in row order."""
-    x = x.unflatten(1, (-1, window_size)).unflatten(3, (-1, window_size))  # (B, H/ws, ws, W/ws, ws, C)
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-def window_reverse(windows: Tensor, window_size: int, height: int, width: int) -> Tensor:
-    """(B, windows, window_size ** 2, C) -> (B, H, W, C), the inverse of window_partition."""
-    x = windows.unflatten(1, (height // window_size, width // window_size)).unflatten(3, (window_size, -1))
-    return x.transpose(2, 3).flatten(1, 2).flatten(2, 3)
-
-
-@functools.lru_cache(maxsize=32)
-def shifted_window_mask(height: int, width: int, window_size: int, shift: int, device: torch.device) -> Tensor:
-    """What keeps pixels apart that only the cyclic shift brought together.
-
-    After the shift a window of the last row or column holds pixels of two distant regions, which must not attend to
-    each other.
-
-    Args:
-        height, width: of the padded map, multiples of the window size.
-
-    Returns:
-        (windows, N, N) float32 with N = window_size ** 2: 0 inside a region, -100 between regions.
-    """
-
-    def regions(size: int) -> Tensor:
-        position = torch.arange(size, device=device)
-        return (position >= size - window_size).int() + (position >= size - shift).int()
-
-    # The cache outlives this call: see the position encoding on inference mode.
-    with torch.inference_mode(False), torch.no_grad():
-        region = regions(height)[:, None] * 3 + regions(width)[None, :]
-        region = window_partition(region[None, :, :, None], window_size)[0, :, :, 0]  # (windows, N)
-        return (region[:, :, None] != region[:, None, :]).float() * -100.0
+from .. import shape_ops
 
 
 class DropPath(nn.Module):
@@ -133,29 +92,10 @@ class WindowAttention(nn.Module):
         Returns:
             (B, windows, N, C).
         """
-        windows = x.shape[1]
         qkv = self.qkv(x).unflatten(3, (3, self.num_heads, self.head_dim))
-        qkv = qkv.permute(3, 0, 1, 4, 2, 5)  # (3, B, windows, heads, N, D)
-        bias = self.relative_position_bias()
-        # Without a mask all windows share the bias; with one, windows and heads go into one dimension, so that the mask
-        # need not be repeated for each image.
-        if mask is None:
-            q, k, v = qkv.flatten(1, 2).unbind(0)
-        else:
-            q, k, v = qkv.flatten(2, 3).unbind(0)
-            bias = (bias[None] + mask[:, None]).flatten(0, 1)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=bias.to(q.dtype)[None],
-            dropout_p=self.attn_drop if self.training else 0.0,
-            scale=self.scale,
-        )
-        if mask is None:
-            out = out.unflatten(0, (-1, windows))
-        else:
-            out = out.unflatten(1, (windows, self.num_heads))
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)  # each (B, windows, heads, N, D)
+        dropout = self.attn_drop if self.training else 0.0
+        out = shape_ops.window_attention(q, k, v, self.relative_position_bias(), mask, self.scale, dropout)
         return self.proj_drop(self.proj(out.transpose(2, 3).flatten(3)))
 
 
@@ -184,26 +124,22 @@ class SwinTransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        x = x + self.drop_path(self.attend(self.norm1(x)))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C); mask is shifted_window_mask's where the block shifts."""
+        x = x + self.drop_path(self.attend(self.norm1(x), mask))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-    def attend(self, x: Tensor) -> Tensor:
+    def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Window attention of a map of any size: padded to whole windows, shifted, and back."""
-        height, width = x.shape[1:3]
-        padded_h, padded_w = _ceil_to(height, self.window_size), _ceil_to(width, self.window_size)
-        if (padded_h, padded_w) != (height, width):
-            x = F.pad(x, (0, 0, 0, padded_w - width, 0, padded_h - height))
-        mask = None
+        padded = shape_ops.pad_to_multiple(x, self.window_size)
+        shifted = padded
         if self.shift_size > 0:
-            x = torch.roll(x, shifts=(-self.shift_size, -self.shift_size), dims=(1, 2))
-            mask = shifted_window_mask(padded_h, padded_w, self.window_size, self.shift_size, x.device)
-        windows = self.attn(window_partition(x, self.window_size), mask)
-        x = window_reverse(windows, self.window_size, padded_h, padded_w)
+            shifted = torch.roll(padded, shifts=(-self.shift_size, -self.shift_size), dims=(1, 2))
+        windows = self.attn(shape_ops.window_partition(shifted, self.window_size), mask)
+        out = shape_ops.window_reverse(windows, self.window_size, padded)
         if self.shift_size > 0:
-            x = torch.roll(x, shifts=(self.shift_size, self.shift_size), dims=(1, 2))
-        return x[:, :height, :width]
+            out = torch.roll(out, shifts=(self.shift_size, self.shift_size), dims=(1, 2))
+        return shape_ops.crop_like(out, x)
 
 
 class PatchMerging(nn.Module):
@@ -216,9 +152,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 * C)."""
-        height, width = x.shape[1:3]
-        if height % 2 or width % 2:
-            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        x = shape_ops.pad_to_multiple(x, 2)
         x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], dim=-1)
         return self.reduction(self.norm(x))
 
@@ -226,8 +160,11 @@ class PatchMerging(nn.Module):
 class BasicLayer(nn.Module):
     """One stage: blocks in which every second one shifts its windows, then patch merging."""
 
-    def __init__(self, dim: int, depth: int, window_size: int, drop_path: list[float], downsample: bool, **block):
+    def __init__(
+        self, dim: int, depth: int, window_size: int, drop_path: list[float], downsample: bool, **block
+    ):
         super().__init__()
+        self.window_size = window_size
         self.blocks = nn.ModuleList(
             SwinTransformerBlock(
                 dim,
@@ -239,6 +176,19 @@ class BasicLayer(nn.Module):
             for i in range(depth)
         )
         self.downsample = PatchMerging(dim) if downsample else None
+
+    def forward(self, x: Tensor, use_checkpoint: bool = False) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C): the blocks, without the patch merging."""
+        padded = shape_ops.pad_to_multiple(x, self.window_size)
+        mask = shape_ops.shifted_window_mask(padded, self.window_size, self.window_size // 2)
+        for block in self.blocks:
+            block_mask = mask if block.shift_size else None
+            x = (
+                checkpoint(block, x, block_mask, use_reentrant=False)
+                if use_checkpoint
+                else block(x, block_mask)
+            )
+        return x
 
 
 class PatchEmbed(nn.Module):
@@ -252,11 +202,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, ceil(H / patch), ceil(W / patch), C)."""
-        height, width = x.shape[-2:]
-        pad_h, pad_w = -height % self.patch_size, -width % self.patch_size
-        if pad_h or pad_w:
-            x = F.pad(x, (0, pad_w, 0, pad_h))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        x = shape_ops.pad_to_multiple(x.permute(0, 2, 3, 1), self.patch_size)
+        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class SwinTransformer(nn.Module):
@@ -331,11 +278,7 @@ class SwinTransformer(nn.Module):
         x = self.pos_drop(x)
         outputs = {}
         for i, layer in enumerate(self.layers):
-            for block in layer.blocks:
-                if self.use_checkpoint and self.training:
-                    x = checkpoint(block, x, use_reentrant=False)
-                else:
-                    x = block(x)
+            x = layer(x, use_checkpoint=self.use_checkpoint and self.training)
             outputs[f"res{i + 2}"] = getattr(self, f"norm{i}")(x).permute(0, 3, 1, 2).contiguous()
             if layer.downsample is not None:
                 x = layer.downsample(x)

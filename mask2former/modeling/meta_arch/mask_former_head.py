@@ -31,8 +31,8 @@ class MaskFormerHead(nn.Module):
         in_feature = cfg.MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE
         if in_feature != "multi_scale_pixel_decoder":
             raise ValueError(
-                f"MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE is {in_feature!r}; Mask2Former needs 'multi_scale_pixel_decoder' "
-                "(the other values belong to MaskFormer, its predecessor)"
+                f"MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE is {in_feature!r}; Mask2Former needs "
+                "'multi_scale_pixel_decoder' (the other values belong to MaskFormer, its predecessor)"
             )
         pixel_decoder = SEM_SEG_HEADS_REGISTRY.get(cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME)
         return {

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..shape_ops import LevelShapes
+
 
 @functools.lru_cache(maxsize=16)
-def _sampling_grid(spatial_shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _sampling_grid(
+    spatial_shapes: tuple[tuple[int, int], ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
     """What turns offsets in pixels into grid_sample's coordinates, which run from -1 to 1 over a level.
 
     Returns:
@@ -44,7 +48,7 @@ class MSDeformAttnCore(nn.Module):
         value: Tensor,
         sampling_offsets: Tensor,
         attention_logits: Tensor,
-        spatial_shapes: tuple[tuple[int, int], ...],
+        spatial_shapes: LevelShapes,
     ) -> Tensor:
         """Attention output of each pixel.
 
@@ -62,12 +66,16 @@ class MSDeformAttnCore(nn.Module):
         """
         batch, pixels, heads, dim = value.shape
         if sum(h * w for h, w in spatial_shapes) != pixels:
-            raise ValueError(f"levels of {spatial_shapes} (height, width) do not hold the {pixels} pixels of `value`")
+            raise ValueError(
+                f"levels of {spatial_shapes} (height, width) do not hold the {pixels} pixels of `value`"
+            )
         points = sampling_offsets.shape[4]
         weights = attention_logits.softmax(-1).transpose(1, 2).reshape(batch * heads, 1, pixels, -1)
-        centers, pixel_size = _sampling_grid(spatial_shapes, value.device)
+        centers, pixel_size = _sampling_grid(tuple(spatial_shapes), value.device)
         grid = torch.addcmul(centers, sampling_offsets, pixel_size)  # (B, S, heads, levels, points, 2)
-        grid = grid.permute(3, 0, 2, 1, 4, 5).flatten(1, 2).to(value.dtype)  # (levels, B * heads, S, points, 2)
+        grid = (
+            grid.permute(3, 0, 2, 1, 4, 5).flatten(1, 2).to(value.dtype)
+        )  # (levels, B * heads, S, points, 2)
         out = None
         start = 0
         for level, (height, width) in enumerate(spatial_shapes):
@@ -121,7 +129,7 @@ class MSDeformAttn(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, query: Tensor, pixels: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
+    def forward(self, query: Tensor, pixels: Tensor, spatial_shapes: LevelShapes) -> Tensor:
         """Attend from every pixel to points around it on every level.
 
         Args:

@@ -12,6 +12,7 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import shape_ops
 from ..transformer_decoder.position_encoding import PositionEmbeddingSine
 from .ms_deform_attn import MSDeformAttn
 
@@ -37,7 +38,7 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
         for layer in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(layer.weight)
 
-    def forward(self, x: Tensor, pos: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, spatial_shapes: shape_ops.LevelShapes) -> Tensor:
         """(B, S, C) -> (B, S, C); pos (1, S, C) is added to the queries only."""
         x = self.norm1(x + self.dropout1(self.self_attn(x + pos, x, spatial_shapes)))
         ffn = self.linear2(self.dropout2(F.relu(self.linear1(x))))
@@ -51,7 +52,7 @@ class MSDeformAttnTransformerEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor, pos: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, spatial_shapes: shape_ops.LevelShapes) -> Tensor:
         for layer in self.layers:
             x = layer(x, pos, spatial_shapes)
         return x
@@ -92,13 +93,12 @@ class MSDeformAttnTransformerEncoderOnly(nn.Module):
         Returns:
             The levels in the same order and shape.
         """
-        spatial_shapes = tuple((x.shape[-2], x.shape[-1]) for x in features)
+        spatial_shapes = shape_ops.level_shapes(features)
         pixels = torch.cat([x.flatten(2) for x in features], dim=2).transpose(1, 2)  # (B, S, C)
         pos = [p.flatten(2) + self.level_embed[i][None, :, None] for i, p in enumerate(positions)]
         pos = torch.cat(pos, dim=2).transpose(1, 2)  # (1, S, C)
         memory = self.encoder(pixels, pos, spatial_shapes)
-        levels = memory.transpose(1, 2).split([h * w for h, w in spatial_shapes], dim=2)
-        return [level.unflatten(2, shape) for level, shape in zip(levels, spatial_shapes)]
+        return shape_ops.split_levels(memory, spatial_shapes)
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -219,8 +219,6 @@ class MSDeformAttnPixelDecoder(nn.Module):
             for i, name in enumerate(self.fpn_in_features):
                 number = len(self.fpn_in_features) - i
                 lateral = getattr(self, f"adapter_{number}")(features[name].float())
-                top_down = F.interpolate(
-                    levels[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False
-                )
+                top_down = shape_ops.resize_like(levels[-1], lateral)
                 levels.append(getattr(self, f"layer_{number}")(lateral + top_down))
             return self.mask_features(levels[-1]), levels[:NUM_DECODER_LEVELS]

@@ -18,7 +18,8 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(
-                f"MODEL.MASK_FORMER.HIDDEN_DIM ({embed_dim}) must be a multiple of MODEL.MASK_FORMER.NHEADS ({num_heads})"
+                f"MODEL.MASK_FORMER.HIDDEN_DIM ({embed_dim}) must be a multiple of "
+                f"MODEL.MASK_FORMER.NHEADS ({num_heads})"
             )
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -78,7 +79,9 @@ class CrossAttentionLayer(nn.Module):
         self.norm = nn.LayerNorm(d_model)
         self.pre_norm = pre_norm
 
-    def forward(self, queries: Tensor, query_pos: Tensor, key: Tensor, value: Tensor, blocked: Tensor) -> Tensor:
+    def forward(
+        self, queries: Tensor, query_pos: Tensor, key: Tensor, value: Tensor, blocked: Tensor
+    ) -> Tensor:
         """(B, Q, C) -> (B, Q, C); key (pixels with position) and value (pixels): (B, HW, C); blocked: (B, 1, Q, HW)."""
         x = self.norm(queries) if self.pre_norm else queries
         queries = queries + self.multihead_attn(x + query_pos, key, value, blocked)

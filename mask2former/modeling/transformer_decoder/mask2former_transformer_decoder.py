@@ -7,15 +7,15 @@ from detectron2.config import configurable
 from detectron2.layers import Conv2d
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from .. import shape_ops
 from .attention import MLP, CrossAttentionLayer, FFNLayer, SelfAttentionLayer
 from .position_encoding import PositionEmbeddingSine
 
 TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_MODULE")
-TRANSFORMER_DECODER_REGISTRY.__doc__ = (
-    "Transformer decoders by name (MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME), built as cls(cfg, in_channels)."
-)
+TRANSFORMER_DECODER_REGISTRY.__doc__ = """
+Transformer decoders by name (MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME), built as cls(cfg, in_channels).
+"""
 
 
 def build_transformer_decoder(cfg, in_channels: int) -> nn.Module:
@@ -43,9 +43,9 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
     """Learned queries, refined by layers of masked cross-attention, self-attention and a feed-forward network.
 
     Each cross-attention reads one of three levels in turn, coarse to fine, inside the mask that the layer before
-    predicted. Those masks are the product of the query with the mask features resized to the level: resizing is linear,
-    so this equals resizing the product, at a fraction of the work. Class logits and full-size masks of the layers before
-    the last are made only in training.
+    predicted. Those masks are the product of the query with the mask features resized to the level: resizing is
+    linear, so this equals resizing the product, at a fraction of the work. Class logits and full-size masks of the
+    layers before the last are made only in training.
 
     Source: Mask2Former (Cheng et al. 2022), section 3.2, and its release.
     """
@@ -147,16 +147,17 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         keys, values, level_mask_features = [], [], []
         for i, x in enumerate(features):
             # (B, C, h, w) -> (B, hw, C)
-            value = (self.input_proj[i](x).flatten(2) + self.level_embed.weight[i][None, :, None]).transpose(1, 2)
+            value = (self.input_proj[i](x).flatten(2) + self.level_embed.weight[i][None, :, None]).transpose(
+                1, 2
+            )
             keys.append(value + self.pe_layer(x).flatten(2).transpose(1, 2))
             values.append(value)
-            resized = F.interpolate(mask_features, size=x.shape[-2:], mode="bilinear", align_corners=False)
+            resized = shape_ops.resize_like(mask_features, x)
             # The release detaches the masks too: no gradient flows through where a query attends.
             level_mask_features.append(resized.flatten(2).detach())  # (B, mask_dim, hw)
 
-        batch = mask_features.shape[0]
         query_pos = self.query_embed.weight[None]
-        queries = self.query_feat.weight[None].expand(batch, -1, -1)  # (B, Q, C)
+        queries = shape_ops.expand_batch_like(self.query_feat.weight[None], mask_features)  # (B, Q, C)
 
         aux_outputs = []
         for i in range(self.num_layers):
@@ -166,7 +167,9 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             if self.training:
                 aux_outputs.append(self._predict(normed, mask_embed, mask_features))
             blocked = attention_mask(mask_embed.detach() @ level_mask_features[level])
-            queries = self.transformer_cross_attention_layers[i](queries, query_pos, keys[level], values[level], blocked)
+            queries = self.transformer_cross_attention_layers[i](
+                queries, query_pos, keys[level], values[level], blocked
+            )
             queries = self.transformer_self_attention_layers[i](queries, query_pos)
             queries = self.transformer_ffn_layers[i](queries)
 
@@ -180,5 +183,5 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         masks = mask_embed @ mask_features.flatten(2)  # (B, Q, H/4 * W/4)
         return {
             "pred_logits": self.class_embed(normed),
-            "pred_masks": masks.unflatten(2, mask_features.shape[-2:]),
+            "pred_masks": shape_ops.unflatten_like(masks, mask_features),
         }
