@@ -293,7 +293,7 @@ def run(args: argparse.Namespace, save_weights: str | None = None) -> list[dict]
     return rows
 
 
-def run_release(args: argparse.Namespace, argv: list[str]) -> list[dict]:
+def run_release(args: argparse.Namespace, argv: list[str], weights: str) -> list[dict]:
     """Rows of the official checkout, from a process in which `mask2former` is the release's package."""
     command = [
         sys.executable,
@@ -303,8 +303,8 @@ def run_release(args: argparse.Namespace, argv: list[str]) -> list[dict]:
         "--package-root",
         args.release,
         "--json",
-        *argv,
     ]
+    command += [*argv, *([] if "--" in argv else ["--"]), "MODEL.WEIGHTS", weights]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"timing the release in {args.release} failed, see above: {' '.join(command)}")

@@ -70,12 +70,13 @@ class MSDeformAttnCore(nn.Module):
                 f"levels of {spatial_shapes} (height, width) do not hold the {pixels} pixels of `value`"
             )
         points = sampling_offsets.shape[4]
-        weights = attention_logits.softmax(-1).transpose(1, 2).reshape(batch * heads, 1, pixels, -1)
+        # Queries last: the sum over points then runs over contiguous memory.
+        weights = attention_logits.softmax(-1).permute(0, 2, 3, 1).reshape(batch * heads, 1, -1, pixels)
         centers, pixel_size = _sampling_grid(tuple(spatial_shapes), value.device)
         grid = torch.addcmul(centers, sampling_offsets, pixel_size)  # (B, S, heads, levels, points, 2)
         grid = (
-            grid.permute(3, 0, 2, 1, 4, 5).flatten(1, 2).to(value.dtype)
-        )  # (levels, B * heads, S, points, 2)
+            grid.permute(3, 0, 2, 4, 1, 5).flatten(1, 2).to(value.dtype)
+        )  # (levels, B * heads, points, S, 2)
         out = None
         start = 0
         for level, (height, width) in enumerate(spatial_shapes):
@@ -86,8 +87,8 @@ class MSDeformAttnCore(nn.Module):
                 mode="bilinear",
                 padding_mode="zeros",
                 align_corners=False,
-            )  # (B * heads, D, S, points)
-            part = (sampled * weights[..., level * points : (level + 1) * points]).sum(-1)
+            )  # (B * heads, D, points, S)
+            part = (sampled * weights[:, :, level * points : (level + 1) * points]).sum(2)
             out = part if out is None else out + part
             start += height * width
         return out.view(batch, heads * dim, pixels).transpose(1, 2)
