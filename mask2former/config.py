@@ -11,7 +11,7 @@ from detectron2.utils.file_io import PathManager
 
 _DEFAULTS = {
     "INPUT": {
-        # Which mapper train_net.py picks: mask_former_{semantic,instance,panoptic} or coco_{instance,panoptic}_lsj.
+        # train_net.py's mapper: mask_former_{semantic,instance,panoptic} or coco_{instance,panoptic}_lsj.
         "DATASET_MAPPER_NAME": "mask_former_semantic",
         "COLOR_AUG_SSD": False,
         # A random crop is drawn again while one category covers more than this share of it. 1.0: never again.
@@ -32,7 +32,7 @@ _DEFAULTS = {
         "BACKBONE_MULTIPLIER": 0.1,
     },
     "TEST": {
-        # Images per batch of evaluation and of the demo, per process.
+        # Images per batch of evaluation, per process.
         "BATCH_SIZE": 1,
     },
     "MODEL": {
@@ -61,8 +61,8 @@ _DEFAULTS = {
             "CLASS_WEIGHT": 1.0,
             "DICE_WEIGHT": 1.0,
             "MASK_WEIGHT": 20.0,
-            # Mask losses are taken at TRAIN_NUM_POINTS points: OVERSAMPLE_RATIO times as many are drawn, the least
-            # certain make up IMPORTANCE_SAMPLE_RATIO of those kept, the others are uniform (PointRend).
+            # Mask losses are taken at TRAIN_NUM_POINTS points: OVERSAMPLE_RATIO times as many are drawn, the
+            # least certain make up IMPORTANCE_SAMPLE_RATIO of those kept, the others are uniform (PointRend).
             "TRAIN_NUM_POINTS": 112 * 112,
             "OVERSAMPLE_RATIO": 3.0,
             "IMPORTANCE_SAMPLE_RATIO": 0.75,
@@ -77,7 +77,7 @@ _DEFAULTS = {
                 # Resize the mask logits to the output before semantic inference (exact, more memory), or
                 # the class scores after it. Instance and panoptic inference always resize first.
                 "SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": False,
-                # Instances.pred_boxes: False leaves them zero as the release does, True gives the masks' tight boxes.
+                # Instances.pred_boxes: zeros as in the release (False), or the masks' tight boxes (True).
                 "BOXES_FROM_MASKS": False,
             },
         },
@@ -148,7 +148,8 @@ def get_mask2former_cfg(config_file: str | os.PathLike | None = None, opts: Sequ
 
     Args:
         config_file: YAML of this project or of the official release; None for the defaults alone.
-            A file with python tags, as the release's, is loaded by yaml's unsafe loader: only merge files you trust.
+            A file with python tags, as the release's, is read by yaml's unsafe loader: merge only files you
+            trust.
         opts: KEY, VALUE, KEY, VALUE, ... as on a command line.
 
     Raises:
@@ -194,7 +195,8 @@ def _missing_file_message(config_file: str) -> str:
             found.setdefault(path.relative_to(root).as_posix(), path)
     wanted = Path(config_file).as_posix().rpartition("configs/")[2]
     # The same file name in another folder first: it is the usual slip.
-    near = [name for name in found if Path(name).name == Path(wanted).name]
+    same = [name for name in found if Path(name).name == Path(wanted).name]
+    near = difflib.get_close_matches(wanted, same, n=5, cutoff=0.0)
     near += [name for name in difflib.get_close_matches(wanted, found, n=5, cutoff=0.5) if name not in near]
     if near:
         message += " Did you mean one of these?" + "".join(f"\n  {found[name]}" for name in near[:5])

@@ -87,6 +87,10 @@ class MaskFormer(nn.Module):
             self._backend = build_backend(self.backend_name, self, self._backend_cfg)
         return self._backend
 
+    @backend.setter
+    def backend(self, backend) -> None:
+        self._backend = backend
+
     def prepare(self) -> None:
         """Do ahead of the first image what the backend would do with it."""
         self.backend.prepare()
