@@ -26,10 +26,30 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 STAGES = ("core", "postprocess", "forward", "predictor")
-FIELDS = (
-    "date implementation gpu torch cuda detectron2 python config backend precision batch image padded output stage "
-    "median_ms p10_ms p90_ms iterations peak_mib segments instances"
-).split()
+FIELDS = [
+    "date",
+    "implementation",
+    "gpu",
+    "torch",
+    "cuda",
+    "detectron2",
+    "python",
+    "config",
+    "backend",
+    "precision",
+    "batch",
+    "image",
+    "padded",
+    "output",
+    "stage",
+    "median_ms",
+    "p10_ms",
+    "p90_ms",
+    "iterations",
+    "peak_mib",
+    "segments",
+    "instances",
+]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -324,7 +344,19 @@ def write_csv(folder: str, rows: list[dict]) -> Path:
 
 
 def print_table(rows: list[dict]) -> None:
-    columns = "implementation precision batch padded stage median_ms p10_ms p90_ms peak_mib segments instances".split()
+    columns = [
+        "implementation",
+        "precision",
+        "batch",
+        "padded",
+        "stage",
+        "median_ms",
+        "p10_ms",
+        "p90_ms",
+        "peak_mib",
+        "segments",
+        "instances",
+    ]
     table = [columns] + [[str(row[c]) for c in columns] for row in rows]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
     first = rows[0]

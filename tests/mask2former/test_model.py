@@ -75,14 +75,14 @@ def test_images_of_different_sizes_share_a_batch(model):
     sizes = [(64, 96), (70, 50), (33, 90)]
     inputs = [{"image": random_image(h, w, seed=h), "height": 2 * h, "width": w + 3} for h, w in sizes]
     results = run(model, inputs)
-    images, image_sizes, output_sizes = model.preprocess(inputs)
+    images, image_sizes, _ = model.preprocess(inputs)
     assert images.shape == (3, 3, 96, 96) and image_sizes == sizes
     for i, (h, w) in enumerate(sizes):
         # The padding is the mean: zeros once normalised, as in the release.
         padding = images[i, :, h:] if h < 96 else images[i, :, :, w:]
         assert torch.equal(padding, model.pixel_mean.expand_as(padding))
         with torch.no_grad():
-            logits, masks = model.core(images[i : i + 1])
+            logits, _ = model.core(images[i : i + 1])
             together, _ = model.core(images)
         torch.testing.assert_close(together[i], logits[0], rtol=1e-4, atol=1e-4)
         assert results[i]["sem_seg"].shape[1:] == (2 * h, w + 3)
@@ -118,7 +118,7 @@ def test_training_mode_says_that_training_is_not_there_yet():
 
 def test_panoptic_without_thing_classes_names_the_data_set():
     cfg = mini_cfg("resnet50-mini", ("DATASETS.TRAIN", ("no_things_here",)))
-    with pytest.raises(ValueError, match="'no_things_here'.*thing_dataset_id_to_contiguous_id"):
+    with pytest.raises(ValueError, match=r"'no_things_here'.*thing_dataset_id_to_contiguous_id"):
         run(build_model(cfg).eval(), [{"image": random_image(32, 32)}])
 
 
@@ -130,7 +130,7 @@ def test_semantic_only_config_needs_no_thing_classes():
 
 
 def test_unknown_backend_lists_what_there_is():
-    with pytest.raises(KeyError, match="MODEL.BACKEND is 'tensort'.*Registered: 'torch'.*import d2_trt"):
+    with pytest.raises(KeyError, match=r"MODEL\.BACKEND is 'tensort'.*Registered: 'torch'.*import d2_trt"):
         build_model(mini_cfg("resnet50-mini", ("MODEL.BACKEND", "tensort")))
 
 

@@ -227,7 +227,7 @@ def test_box_of_an_empty_mask_is_zero():
 
 @pytest.mark.parametrize("topk", [0, 20 * 13 + 1])
 def test_number_of_detections_outside_the_pairs_names_the_key(topk):
-    with pytest.raises(ValueError, match="TEST.DETECTIONS_PER_IMAGE is"):
+    with pytest.raises(ValueError, match=r"TEST\.DETECTIONS_PER_IMAGE is"):
         PostprocessOptions.from_config(mini_cfg("resnet50-mini", ("TEST.DETECTIONS_PER_IMAGE", topk)))
 
 

@@ -1,6 +1,6 @@
-"""Our models as those of the transformers library: its configuration, its names of our tensors, and weights for both.
+"""Our models as those of the transformers library: its configuration, its names of our tensors, and weights.
 
-transformers' Mask2Former, ResNet and Swin are independent implementations, so they check ours without any checkpoint.
+Theirs are independent implementations of Mask2Former, ResNet and Swin: they check ours without checkpoints.
 """
 
 from __future__ import annotations
@@ -21,13 +21,8 @@ _BATCH_NORM = r"(weight|bias|running_mean|running_var)"
 _LINEAR = r"(weight|bias)"
 
 
-def _previous(group: int):
-    """A group of the pattern, which is a number, less one: some of our numbers start at 1 or 2 and theirs at 0."""
-    return lambda match, first=0: str(int(match[group]) - first)
-
-
-# (pattern of our key, their key or keys). Several keys: our tensor holds theirs one after the other along axis 0.
-# "{n-2}" stands for what group n matched, a number, less 2.
+# (pattern of our key, their key or keys). Several keys: our tensor holds theirs one after the other along
+# axis 0. "{n-2}" stands for what group n matched, a number, less 2.
 _RULES = [
     (r"criterion\.empty_weight", "criterion.empty_weight"),
     # ResNet: res2..res5 are their stages 0..3, conv1..conv3 their layers 0..2.
@@ -50,7 +45,10 @@ _RULES = [
         rf"{_ENCODER}.encoder.stages.{{1-2}}.layers.\2.shortcut.normalization.\3",
     ),
     # Swin
-    (rf"backbone\.patch_embed\.proj\.{_LINEAR}", rf"{_ENCODER}.swin.embeddings.patch_embeddings.projection.\1"),
+    (
+        rf"backbone\.patch_embed\.proj\.{_LINEAR}",
+        rf"{_ENCODER}.swin.embeddings.patch_embeddings.projection.\1",
+    ),
     (rf"backbone\.patch_embed\.norm\.{_LINEAR}", rf"{_ENCODER}.swin.embeddings.norm.\1"),
     (rf"backbone\.layers\.(\d)\.blocks\.(\d+)\.norm1\.{_LINEAR}", rf"{_BLOCK}.layernorm_before.\3"),
     (rf"backbone\.layers\.(\d)\.blocks\.(\d+)\.norm2\.{_LINEAR}", rf"{_BLOCK}.layernorm_after.\3"),
@@ -146,7 +144,7 @@ _THEIRS_ONLY = re.compile(rf".*\.num_batches_tracked|{re.escape(_ENCODER)}\.swin
 
 
 def their_keys(key: str) -> list[str]:
-    """Their names of one of our tensors, in the order in which it holds them along axis 0; [] where they lack it.
+    """Their names of one of our tensors, in order along axis 0; [] where they lack it.
 
     Raises:
         ValueError: no rule covers the key, or more than one.
@@ -169,7 +167,7 @@ def convert_state_dict(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> di
     """Our weights under their names.
 
     Args:
-        ours, theirs: state dicts of both models; theirs is read for its names and shapes, and for what only it has.
+        ours, theirs: state dicts of both; theirs is read for its names and shapes, and for what only it has.
 
     Returns:
         a state dict with exactly their names.
@@ -184,13 +182,15 @@ def convert_state_dict(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> di
             continue
         if tensor.shape[0] % len(names):
             raise ValueError(f"{key} of shape {tuple(tensor.shape)} does not split into {names}")
-        for name, part in zip(names, tensor.chunk(len(names))):
+        for name, part in zip(names, tensor.chunk(len(names)), strict=True):
             if name in converted:
                 raise ValueError(f"{name} is mapped twice, the second time from {key}")
             if name not in theirs:
                 raise ValueError(f"{key} is mapped to {name}, which they lack")
             if theirs[name].shape != part.shape:
-                raise ValueError(f"{key}: {tuple(part.shape)} here, {tuple(theirs[name].shape)} there ({name})")
+                raise ValueError(
+                    f"{key}: {tuple(part.shape)} here, {tuple(theirs[name].shape)} there ({name})"
+                )
             converted[name] = part
     left = {name: tensor for name, tensor in theirs.items() if name not in converted}
     unmapped = [name for name in left if not _THEIRS_ONLY.fullmatch(name)]
@@ -200,7 +200,7 @@ def convert_state_dict(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> di
 
 
 def transformers_model(cfg) -> nn.Module:
-    """Their Mask2FormerForUniversalSegmentation of the architecture that our config describes, in evaluation mode."""
+    """Their Mask2FormerForUniversalSegmentation as our config describes it, in evaluation mode."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
     head, mask_former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
@@ -221,7 +221,10 @@ def transformers_model(cfg) -> nn.Module:
         num_queries=mask_former.NUM_OBJECT_QUERIES,
         no_object_weight=mask_former.NO_OBJECT_WEIGHT,
     )
-    return Mask2FormerForUniversalSegmentation(config).eval()
+    model = Mask2FormerForUniversalSegmentation(config).eval()
+    # Their own arithmetic: by default their Swin calls the same function of torch as ours.
+    model.model.pixel_level_module.encoder.set_attn_implementation("eager")
+    return model
 
 
 def _backbone_config(cfg):
@@ -259,40 +262,53 @@ def _backbone_config(cfg):
 def randomize(model: nn.Module, seed: int) -> None:
     """Give every weight of our model a value that matters to the output.
 
-    Freshly made models hide faults: sampling offsets and attention logits of the encoder do not depend on the image,
-    biases are zero, norms are the identity and all levels look alike. Here a layer keeps the scale of its input about,
-    offsets move by about a pixel, attention logits and biases by about one.
+    Freshly made models hide faults: sampling offsets and attention logits of the encoder do not depend on the
+    image, biases are zero, norms are the identity, all levels look alike. Here a layer about keeps the scale
+    of its input, and offsets move by about a pixel.
+
+    Two more things keep the masked attention at work. The decoder's attention logits have a scale of several,
+    and its layers add less than what they add to; otherwise they average the queries until all are one. And
+    the mask features' weights sum to zero over their inputs, which a ReLU made positive; otherwise most masks
+    have one sign everywhere.
 
     Raises:
-        ValueError: a parameter, or a buffer of a batch norm, was left out.
+        ValueError: no rule gives a value to some parameter.
     """
     generator = torch.Generator().manual_seed(seed)
+    done = set()
 
     def normal(tensor: Tensor, std: float, mean: float = 0.0) -> None:
         tensor.copy_(torch.empty(tensor.shape).normal_(mean, std, generator=generator))
-        done.add(tensor.data_ptr())
+        done.add(tensor)
 
-    done: set[int] = set()
-    for module in model.modules():
+    for prefix, module in model.named_modules():
         if isinstance(module, FrozenBatchNorm2d):
-            normal(module.running_mean, 0.2)
-            module.running_var.copy_(torch.empty(module.running_var.shape).uniform_(0.5, 1.5, generator=generator))
-            done.add(module.running_var.data_ptr())
+            normal(module.running_mean, 0.1)
+            variance = torch.empty(module.running_var.shape).uniform_(0.5, 1.5, generator=generator)
+            module.running_var.copy_(variance)
         if isinstance(module, (FrozenBatchNorm2d, nn.LayerNorm, nn.GroupNorm)):
-            normal(module.weight, 0.2, mean=0.8)
-            normal(module.bias, 0.3)
+            normal(module.weight, 0.2, mean=1.0)
+            normal(module.bias, 0.1)
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            normal(module.weight, module.weight[0].numel() ** -0.5)
+            adds_to_queries = re.search(r"predictor\..*(out_proj|linear2)$", prefix)
+            gain = 0.5 if adds_to_queries else 1.0
+            normal(module.weight, gain * module.weight[0].numel() ** -0.5)
             if module.bias is not None:
-                normal(module.bias, 0.3)
+                normal(module.bias, 0.1)
         elif isinstance(module, nn.Embedding):
-            normal(module.weight, 1.0)
+            normal(module.weight, 0.3 if prefix.endswith("level_embed") else 1.0)
         else:
             for name, parameter in module.named_parameters(recurse=False):
-                if name in ("in_proj_weight",):
-                    normal(parameter, parameter.shape[1] ** -0.5)
-                elif name in ("in_proj_bias", "relative_position_bias_table", "level_embed"):
-                    normal(parameter, 0.3 if name == "in_proj_bias" else 1.0)
-    left = [name for name, tensor in model.named_parameters() if tensor.data_ptr() not in done]
+                if name == "in_proj_weight":
+                    channels = parameter.shape[1]
+                    normal(parameter, channels**-0.5)
+                    parameter[: 2 * channels] *= 3  # those of the queries and keys
+                elif name == "in_proj_bias":
+                    normal(parameter, 0.1)
+                elif name in ("relative_position_bias_table", "level_embed"):
+                    normal(parameter, 1.0)
+    mask_weight = model.sem_seg_head.pixel_decoder.mask_features.weight
+    mask_weight -= mask_weight.mean(dim=1, keepdim=True)
+    left = [name for name, tensor in model.named_parameters() if tensor not in done]
     if left:
         raise ValueError(f"no rule gives a value to {left}")
