@@ -1,0 +1,19 @@
+"""Evaluators for AP, PQ and mIoU, and the loop that runs them."""
+
+from .build import build_evaluator, check_test_sets
+from .inference import evaluate_model, save_results
+from .instance_evaluation import InstanceSegEvaluator
+from .panoptic_evaluation import PanopticEvaluator
+from .panoptic_quality import pq_compute
+from .test_loader import build_test_loader
+
+__all__ = [
+    "InstanceSegEvaluator",
+    "PanopticEvaluator",
+    "build_evaluator",
+    "build_test_loader",
+    "check_test_sets",
+    "evaluate_model",
+    "pq_compute",
+    "save_results",
+]

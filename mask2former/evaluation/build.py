@@ -1,0 +1,146 @@
+"""Which evaluators a data set needs, by the evaluator_type of its metadata."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, LVISEvaluator, SemSegEvaluator
+
+from ..data.datasets.catalog import require_paths
+from .cityscapes import build_cityscapes_evaluator
+from .instance_evaluation import InstanceSegEvaluator
+from .panoptic_evaluation import PanopticEvaluator
+
+
+def _semantic(name: str, folder: str) -> DatasetEvaluator:
+    return SemSegEvaluator(name, distributed=True, output_dir=folder)
+
+
+def _lvis(name: str, folder: str) -> DatasetEvaluator:
+    if importlib.util.find_spec("lvis") is None:
+        raise ImportError(f"evaluating {name} needs LVIS's API: pip install lvis")
+    return LVISEvaluator(name, output_dir=folder)
+
+
+def _cityscapes_semantic(name: str, folder: str) -> DatasetEvaluator:
+    return build_cityscapes_evaluator("sem_seg", name)
+
+
+def _cityscapes_instance(name: str, folder: str) -> DatasetEvaluator:
+    return build_cityscapes_evaluator("instance", name)
+
+
+# For each evaluator_type: (key below MODEL.MASK_FORMER.TEST that must be on, or None for always; evaluator).
+# What is evaluated when is the release's choice.
+_EVALUATORS: dict[str, tuple[tuple[str | None, Callable[[str, str], DatasetEvaluator]], ...]] = {
+    "sem_seg": ((None, _semantic),),
+    "coco": ((None, InstanceSegEvaluator),),
+    "lvis": ((None, _lvis),),
+    "cityscapes_sem_seg": ((None, _cityscapes_semantic),),
+    "cityscapes_instance": ((None, _cityscapes_instance),),
+    "coco_panoptic_seg": (
+        ("PANOPTIC_ON", PanopticEvaluator),
+        ("INSTANCE_ON", InstanceSegEvaluator),
+        ("SEMANTIC_ON", _semantic),
+    ),
+    "mapillary_vistas_panoptic_seg": (
+        ("PANOPTIC_ON", PanopticEvaluator),
+        ("INSTANCE_ON", InstanceSegEvaluator),
+        ("SEMANTIC_ON", _semantic),
+    ),
+    "ade20k_panoptic_seg": (
+        (None, _semantic),
+        ("PANOPTIC_ON", PanopticEvaluator),
+        ("INSTANCE_ON", InstanceSegEvaluator),
+    ),
+    "cityscapes_panoptic_seg": (
+        ("PANOPTIC_ON", PanopticEvaluator),
+        ("SEMANTIC_ON", _cityscapes_semantic),
+        ("INSTANCE_ON", _cityscapes_instance),
+    ),
+}
+# Fields of metadata that name files or directories.
+_PATHS = ("image_root", "image_dir", "gt_dir", "json_file", "panoptic_root", "panoptic_json", "sem_seg_root")
+# What an evaluator reads of the model's output: the task that must be on for it.
+_NEEDS = {
+    "sem_seg": "SEMANTIC_ON",
+    "cityscapes_sem_seg": "SEMANTIC_ON",
+    "ade20k_panoptic_seg": "SEMANTIC_ON",
+    "coco": "INSTANCE_ON",
+    "lvis": "INSTANCE_ON",
+    "cityscapes_instance": "INSTANCE_ON",
+}
+
+
+def check_test_sets(cfg: CfgNode) -> None:
+    """Fail early where a data set of DATASETS.TEST cannot be evaluated on, without reading it.
+
+    Raises:
+        ValueError: DATASETS.TEST is empty.
+        KeyError: a data set is not registered.
+        FileNotFoundError: files of it are missing; the message says which, and how to get them.
+    """
+    if not cfg.DATASETS.TEST:
+        raise ValueError("DATASETS.TEST is empty: name at least one data set to evaluate on")
+    for name in cfg.DATASETS.TEST:
+        _check_registered(name)
+        metadata = MetadataCatalog.get(name)
+        needed = [path for attribute in _PATHS if (path := metadata.get(attribute))]
+        if metadata.get("panoptic_json") and not cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON:
+            # Only AP reads the instances of a panoptic data set.
+            needed = [path for path in needed if path != metadata.get("json_file")]
+        try:
+            require_paths(name, needed)
+        except FileNotFoundError as error:
+            if not name.startswith("shapes_"):
+                raise
+            raise FileNotFoundError(f"{error}\nTo draw it: python tools/make_shapes_dataset.py") from error
+
+
+def _check_registered(name: str) -> None:
+    if name not in DatasetCatalog.list():
+        raise KeyError(
+            f"DATASETS.TEST names {name!r}, which is not registered. Registered: "
+            + ", ".join(sorted(DatasetCatalog.list()))
+        )
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+    """The evaluator of a data set: PQ, AP, mIoU, as its evaluator_type and MODEL.MASK_FORMER.TEST.*_ON say.
+
+    Args:
+        dataset_name: registered, with evaluator_type in its metadata.
+        output_folder: where predictions are written; OUTPUT_DIR/inference where left out.
+
+    Raises:
+        KeyError: the data set is not registered.
+        ValueError: it has no evaluator_type or an unknown one, or the tasks that it evaluates are off.
+        ImportError: a package that its evaluator needs is missing.
+    """
+    _check_registered(dataset_name)
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if evaluator_type not in _EVALUATORS:
+        raise ValueError(
+            f"no evaluator for {dataset_name}: the evaluator_type of its metadata is {evaluator_type!r}, "
+            "known are " + ", ".join(sorted(_EVALUATORS))
+        )
+    tasks = cfg.MODEL.MASK_FORMER.TEST
+    needed = _NEEDS.get(evaluator_type)
+    if needed is not None and not tasks[needed]:
+        raise ValueError(
+            f"{dataset_name} (evaluator_type {evaluator_type!r}) needs MODEL.MASK_FORMER.TEST.{needed} True"
+        )
+    folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+    evaluators = [
+        make(dataset_name, folder)
+        for task, make in _EVALUATORS[evaluator_type]
+        if task is None or tasks[task]
+    ]
+    if not evaluators:
+        choices = ", ".join(f"MODEL.MASK_FORMER.TEST.{task}" for task, _ in _EVALUATORS[evaluator_type])
+        raise ValueError(f"nothing to evaluate on {dataset_name}: set at least one of {choices} to True")
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

@@ -1,0 +1,104 @@
+"""Runs a model over the test sets of a config."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from torch import nn
+
+from .build import build_evaluator, check_test_sets
+from .test_loader import build_test_loader
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_model(cfg: CfgNode, model: nn.Module) -> OrderedDict:
+    """Evaluate a model on every data set of DATASETS.TEST, and print and save the results.
+
+    The model's `prepare()`, where it has one, runs first, so that detectron2's timing does not count it. The
+    results of all data sets go to OUTPUT_DIR/inference/results.json; predictions to OUTPUT_DIR/inference, or
+    with several data sets to a directory of each there.
+
+    Returns:
+        {task: {metric: value}}, or with several data sets {data set: {task: {metric: value}}}. Empty on other
+        ranks than the main one.
+
+    Raises:
+        ValueError, KeyError, FileNotFoundError: a data set cannot be evaluated on, see `check_test_sets` and
+            `build_evaluator`.
+    """
+    check_test_sets(cfg)
+    names = list(cfg.DATASETS.TEST)
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    # All evaluators first: what is missing for the last data set should not show after hours on the first.
+    evaluators = {
+        name: build_evaluator(cfg, name, os.path.join(folder, name) if len(names) > 1 else folder)
+        for name in names
+    }
+    tests = cfg.MODEL.MASK_FORMER.TEST
+    if tests.INSTANCE_ON and not tests.BOXES_FROM_MASKS:
+        logger.info(
+            "MODEL.MASK_FORMER.TEST.BOXES_FROM_MASKS is False: predicted boxes are zeros, as the release's, and "
+            "so is their AP (bbox); the AP of masks (segm) is not affected"
+        )
+    if hasattr(model, "prepare"):
+        model.prepare()
+    results = OrderedDict()
+    for name in names:
+        loader = build_test_loader(cfg, name)
+        logger.info(
+            "Evaluating on %s: %d images on this process, %d a batch",
+            name,
+            len(loader.batch_sampler.sampler),
+            cfg.TEST.BATCH_SIZE,
+        )
+        results[name] = inference_on_dataset(model, loader, evaluators[name])
+        if comm.is_main_process():
+            logger.info("Evaluation results for %s in csv format:", name)
+            print_csv_format(results[name])
+    if not comm.is_main_process():
+        return OrderedDict()
+    path = os.path.join(folder, "results.json")
+    save_results(path, results)
+    logger.info("Saved the results to %s", path)
+    return results[names[0]] if len(names) == 1 else results
+
+
+def save_results(path: str, results: Mapping) -> None:
+    """Write results as JSON, whole or not at all. What cannot be computed (NaN) becomes null."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".results-", suffix=".json")
+    try:
+        with os.fdopen(handle, "w") as f:
+            json.dump(_jsonable(results), f, indent=2, allow_nan=False)
+            f.write("\n")
+            f.flush()
+            os.fsync(f.fileno())
+        # mkstemp's file is its owner's alone; results are as readable as the rest of the output.
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

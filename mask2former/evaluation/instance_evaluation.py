@@ -1,0 +1,89 @@
+"""COCO's AP for models whose classes are things and stuff together."""
+
+from __future__ import annotations
+
+from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Instances
+from pycocotools.cocoeval import COCOeval
+
+
+class InstanceSegEvaluator(COCOEvaluator):
+    """detectron2's COCOEvaluator where the contiguous ids of things need not be 0 .. N - 1.
+
+    In a data set with things and stuff, as ADE20K's panoptic form, the things' ids have gaps. They are closed
+    up here, before COCOEvaluator, which accepts none, sees them. Results and files are COCOEvaluator's.
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str | None = None, distributed: bool = True):
+        """
+        Args:
+            dataset_name: with json_file (COCO instances) in its metadata.
+            output_dir: where predictions are written, None for nowhere.
+            distributed: gather from all ranks.
+        """
+        super().__init__(
+            dataset_name, distributed=distributed, output_dir=output_dir, use_fast_impl=_has_fast_coco_eval()
+        )
+        self._name = dataset_name
+        metadata = MetadataCatalog.get(dataset_name)
+        mapping = metadata.get("thing_dataset_id_to_contiguous_id")
+        self._closed_up: dict[int, int] | None = None
+        if mapping is None:
+            return
+        self._closed_up = {contiguous: i for i, contiguous in enumerate(sorted(mapping.values()))}
+        names = self._coco_api.loadCats(sorted(self._coco_api.getCatIds()))
+        self._metadata = Metadata(
+            name=dataset_name,
+            thing_dataset_id_to_contiguous_id={k: self._closed_up[v] for k, v in mapping.items()},
+            # COCOeval's order of categories: that of the dataset ids in the file.
+            thing_classes=[category["name"] for category in names],
+        )
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """
+        Args:
+            inputs: with "image_id".
+            outputs: with "instances": pred_masks (N, H, W) bool, pred_boxes, scores, and pred_classes as
+                contiguous ids.
+
+        Raises:
+            ValueError: a predicted class is not a thing of the data set.
+        """
+        outputs = [
+            {**output, "instances": self._with_closed_up_classes(output["instances"], image["image_id"])}
+            if "instances" in output
+            else output
+            for image, output in zip(inputs, outputs, strict=True)
+        ]
+        super().process(inputs, outputs)
+
+    def _with_closed_up_classes(self, instances: Instances, image_id) -> Instances:
+        if self._closed_up is None:
+            return instances
+        predicted = instances.pred_classes.tolist()
+        wrong = sorted(set(predicted) - set(self._closed_up))
+        if wrong:
+            raise ValueError(
+                f"image {image_id}: the model predicted instances of the classes {wrong}, but the things of "
+                f"{self._name} are {sorted(self._closed_up)}. Where classes are things and stuff together, "
+                "instances of stuff are left out only with MODEL.MASK_FORMER.TEST.PANOPTIC_ON True; else "
+                "MODEL.SEM_SEG_HEAD.NUM_CLASSES does not belong to the data set in DATASETS.TEST"
+            )
+        fields = dict(instances.get_fields())
+        fields["pred_classes"] = instances.pred_classes.new_tensor([self._closed_up[c] for c in predicted])
+        return Instances(instances.image_size, **fields)
+
+    def _tasks_from_predictions(self, predictions: list[dict]) -> list[str]:
+        # COCOEvaluator would report boxes alone: the metrics' names would depend on the model.
+        return super()._tasks_from_predictions(predictions) if predictions else ["bbox", "segm"]
+
+
+def _has_fast_coco_eval() -> bool:
+    """Whether detectron2's compiled COCOeval is there; a build without csrc has none, or a plain stand-in."""
+    try:
+        from detectron2.evaluation.fast_eval_api import COCOeval_opt
+    except ImportError:
+        return False
+    return COCOeval_opt.evaluate is not COCOeval.evaluate

@@ -1,0 +1,200 @@
+"""PQ evaluator like detectron2's COCOPanopticEvaluator in interface and result names, without panopticapi."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import logging
+import os
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+from tabulate import tabulate
+
+from .panoptic_quality import PQStat, check_all_predicted, ids_to_rgb, match_segments, read_panoptic_png
+
+logger = logging.getLogger(__name__)
+
+
+class PanopticEvaluator(DatasetEvaluator):
+    """Panoptic quality of "panoptic_seg" outputs.
+
+    Each image is compared as it comes, on the rank that it is on; ranks exchange counts, not maps. With an
+    output directory, the main process writes `predictions.json` and `panoptic_predictions/*.png` there, in
+    COCO's panoptic form.
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str | None = None, distributed: bool = True):
+        """
+        Args:
+            dataset_name: its metadata must have panoptic_json, panoptic_root,
+                thing_dataset_id_to_contiguous_id and stuff_dataset_id_to_contiguous_id; label_divisor too,
+                where the model gives no segments_info.
+            output_dir: where predictions are written, None for nowhere.
+            distributed: gather from all ranks.
+        """
+        self._name = dataset_name
+        self._metadata = MetadataCatalog.get(dataset_name)
+        self._output_dir = output_dir
+        self._distributed = distributed
+        self._things = {v: k for k, v in self._metadata.thing_dataset_id_to_contiguous_id.items()}
+        self._stuff = {v: k for k, v in self._metadata.stuff_dataset_id_to_contiguous_id.items()}
+
+        path = self._metadata.panoptic_json
+        if not PathManager.isfile(path):
+            raise FileNotFoundError(
+                f"panoptic ground truth of {dataset_name} is missing: {path}. Set DETECTRON2_DATASETS to the "
+                "directory of the data sets, or make it (for shapes: python tools/make_shapes_dataset.py)"
+            )
+        with PathManager.open(path) as f:
+            self._gt = json.load(f)
+        self._categories = {c["id"]: c for c in self._gt["categories"]}
+        # The files of a test split name images only.
+        self._annotations = {a["image_id"]: a for a in self._gt.get("annotations", [])}
+        self.reset()
+
+    def reset(self) -> None:
+        self._stats: dict[Any, PQStat] = {}
+        self._predictions: list[dict] = []
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """
+        Args:
+            inputs: with "image_id" and "file_name".
+            outputs: with "panoptic_seg": ids (H, W) and segments_info, as `MaskFormer` and detectron2 give
+                them, or ids of the form category_id * label_divisor + instance with -1 for void, and None.
+        """
+        for image, output in zip(inputs, outputs, strict=True):
+            ids, segments = self._unpack(output["panoptic_seg"], image["image_id"])
+            if self._annotations:
+                self._stats[image["image_id"]] = self._compare(image["image_id"], ids, segments)
+            if self._output_dir is not None:
+                with io.BytesIO() as png:
+                    Image.fromarray(ids_to_rgb(ids)).save(png, format="PNG", compress_level=1)
+                    content = png.getvalue()
+                name = os.path.splitext(os.path.basename(image["file_name"]))[0] + ".png"
+                prediction = {"image_id": image["image_id"], "file_name": name, "segments_info": segments}
+                self._predictions.append({**prediction, "png": content})
+
+    def evaluate(self) -> OrderedDict | None:
+        """
+        Returns:
+            {"panoptic_seg": {"PQ", "SQ", "RQ", and the same with _th for things and _st for stuff}} in
+            percent, NaN for a group without categories; None on other ranks than the main one and where there
+            are no annotations.
+
+        Raises:
+            ValueError: an image of the ground truth was not processed.
+        """
+        stats, predictions = self._gathered()
+        if stats is None:
+            return None
+        if self._output_dir is not None:
+            self._write(predictions)
+        if not self._annotations:
+            logger.info("%s has no panoptic annotations: predictions are written, not evaluated", self._name)
+            return None
+        check_all_predicted(self._annotations, stats)
+        total = PQStat()
+        # In the annotations' order, so that sums do not depend on the number of ranks.
+        for image_id in self._annotations:
+            total += stats[image_id]
+        results = total.results(self._categories)
+        _log_table(results)
+        row = OrderedDict()
+        for suffix, group in (("", "All"), ("_th", "Things"), ("_st", "Stuff")):
+            for metric in ("PQ", "SQ", "RQ"):
+                row[metric + suffix] = 100 * results[group][metric.lower()]
+        return OrderedDict(panoptic_seg=dict(row))
+
+    def _unpack(self, panoptic_seg: tuple, image_id: Any) -> tuple[np.ndarray, list[dict]]:
+        """Ids with 0 for void, and segments with dataset category ids."""
+        ids, segments = panoptic_seg
+        ids = ids.cpu().numpy() if hasattr(ids, "cpu") else np.asarray(ids)
+        if segments is None:
+            segments, divisor = [], self._metadata.label_divisor
+            for label in np.unique(ids).tolist():
+                if label != -1:
+                    category = label // divisor
+                    segments.append(
+                        {"id": label + 1, "category_id": category, "isthing": category in self._things}
+                    )
+            ids = ids + 1
+        return ids, [self._with_dataset_id(segment, image_id) for segment in segments]
+
+    def _with_dataset_id(self, segment: dict, image_id: Any) -> dict:
+        rest = {k: v for k, v in segment.items() if k != "isthing"}
+        if segment.get("isthing") is None:
+            # detectron2's convention: a segment that does not say whether it is a thing has a dataset id.
+            return rest
+        kind, known = ("thing", self._things) if segment["isthing"] else ("stuff", self._stuff)
+        if segment["category_id"] not in known:
+            raise ValueError(
+                f"image {image_id}: the model predicted a {kind} segment of class {segment['category_id']}, "
+                f"but the {kind} classes of {self._name} are {sorted(known)}. MODEL.SEM_SEG_HEAD.NUM_CLASSES "
+                "and DATASETS.TRAIN must belong to the data set in DATASETS.TEST"
+            )
+        return {**rest, "category_id": known[segment["category_id"]]}
+
+    def _compare(self, image_id: Any, ids: np.ndarray, segments: list[dict]) -> PQStat:
+        annotation = self._annotations.get(image_id)
+        if annotation is None:
+            raise ValueError(f"image {image_id!r} is not in {self._metadata.panoptic_json}")
+        with PathManager.open(os.path.join(self._metadata.panoptic_root, annotation["file_name"]), "rb") as f:
+            gt_ids = read_panoptic_png(f)
+        return match_segments(gt_ids, annotation["segments_info"], ids, segments, self._categories, image_id)
+
+    def _gathered(self) -> tuple[dict[Any, PQStat] | None, list[dict]]:
+        if not self._distributed:
+            return self._stats, self._predictions
+        comm.synchronize()
+        everyone = comm.gather((self._stats, self._predictions))
+        if not comm.is_main_process():
+            return None, []
+        stats: dict[Any, PQStat] = {}
+        for part, _ in everyone:
+            stats.update(part)
+        return stats, list(itertools.chain.from_iterable(predictions for _, predictions in everyone))
+
+    def _write(self, predictions: list[dict]) -> None:
+        folder = os.path.join(self._output_dir, "panoptic_predictions")
+        PathManager.mkdirs(folder)
+        for prediction in predictions:
+            with PathManager.open(os.path.join(folder, prediction["file_name"]), "wb") as f:
+                f.write(prediction["png"])
+        content = {k: self._gt[k] for k in ("info", "images", "categories") if k in self._gt}
+        content["annotations"] = [{k: v for k, v in p.items() if k != "png"} for p in predictions]
+        path = os.path.join(self._output_dir, "predictions.json")
+        with PathManager.open(path, "w") as f:
+            json.dump(content, f, default=_plain_number)
+        logger.info("Wrote %d panoptic predictions to %s and %s", len(predictions), path, folder)
+
+
+def _plain_number(value: Any) -> Any:
+    """numpy and torch scalars as Python's, for JSON."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} does not go into JSON")
+
+
+def _log_table(results: dict[str, dict]) -> None:
+    rows = [
+        [group, *(100 * results[group][k] for k in ("pq", "sq", "rq")), results[group]["n"]]
+        for group in ("All", "Things", "Stuff")
+    ]
+    table = tabulate(
+        rows,
+        headers=["", "PQ", "SQ", "RQ", "#categories"],
+        tablefmt="pipe",
+        floatfmt=".3f",
+        stralign="center",
+        numalign="center",
+    )
+    logger.info("Panoptic Evaluation Results:\n%s", table)

@@ -1,0 +1,44 @@
+"""Batches of test images, for every supported detectron2: its builder takes no batch size before 2022."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, DatasetMapper, MapDataset, get_detection_dataset_dicts
+from detectron2.data.samplers import InferenceSampler
+from torch.utils.data import BatchSampler, DataLoader
+
+
+def build_test_loader(
+    cfg: CfgNode, dataset_name: str, mapper: Callable[[dict], dict] | None = None
+) -> DataLoader:
+    """Loader of a data set's images, each exactly once over all ranks, in the data set's order within a rank.
+
+    Args:
+        cfg: TEST.BATCH_SIZE images make a batch of one rank (the last one may be smaller);
+            DATALOADER.NUM_WORKERS processes load them.
+        mapper: turns a dict of the data set into a model input; by default detectron2's DatasetMapper.
+
+    Returns:
+        A loader that yields lists of dicts.
+
+    Raises:
+        ValueError: TEST.BATCH_SIZE is not a positive integer.
+    """
+    batch_size = cfg.TEST.BATCH_SIZE
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"TEST.BATCH_SIZE must be a positive integer, got {batch_size!r}")
+    records = get_detection_dataset_dicts([dataset_name], filter_empty=False)
+    dataset = MapDataset(DatasetFromList(records, copy=False), mapper or DatasetMapper(cfg, False))
+    sampler = InferenceSampler(len(dataset))
+    return DataLoader(
+        dataset,
+        batch_sampler=BatchSampler(sampler, batch_size, drop_last=False),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=_as_list,
+    )
+
+
+def _as_list(batch: list[dict]) -> list[dict]:
+    return batch

@@ -1,0 +1,70 @@
+"""Batches at test time: every image once, in order, for any batch size and number of processes."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+from detectron2.data import DatasetCatalog, samplers
+
+from mask2former.evaluation import build_test_loader
+
+
+def ids_of(loader) -> list[list[int]]:
+    return [[image["image_id"] for image in batch] for batch in loader]
+
+
+@pytest.fixture
+def all_ids(shapes) -> list[int]:
+    return [record["image_id"] for record in DatasetCatalog.get(f"{shapes}_val_panoptic")]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 13, 50])
+def test_every_image_once_and_in_order(cfg, shapes, all_ids, batch_size):
+    cfg.TEST.BATCH_SIZE = batch_size
+    loader = build_test_loader(cfg, f"{shapes}_val_panoptic")
+    batches = ids_of(loader)
+    assert list(chain.from_iterable(batches)) == all_ids
+    assert len(loader) == len(batches)
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_images(cfg, shapes, all_ids, monkeypatch, world_size):
+    cfg.TEST.BATCH_SIZE = 4
+    comm = samplers.distributed_sampler.comm
+    monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
+    seen = []
+    for rank in range(world_size):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        own = list(chain.from_iterable(ids_of(build_test_loader(cfg, f"{shapes}_val_panoptic"))))
+        assert 0 < len(own) < len(all_ids)
+        seen += own
+    assert seen == all_ids
+
+
+def test_worker_processes_keep_the_order(cfg, shapes, all_ids):
+    cfg.TEST.BATCH_SIZE = 2
+    cfg.DATALOADER.NUM_WORKERS = 2
+    assert list(chain.from_iterable(ids_of(build_test_loader(cfg, f"{shapes}_val_panoptic")))) == all_ids
+
+
+def test_images_come_as_the_model_wants_them(cfg, shapes):
+    image = next(iter(build_test_loader(cfg, f"{shapes}_val_panoptic")))[0]
+    record = DatasetCatalog.get(f"{shapes}_val_panoptic")[0]
+    assert (image["height"], image["width"]) == (record["height"], record["width"])
+    assert image["image"].shape[0] == 3
+    assert min(image["image"].shape[1:]) <= cfg.INPUT.MIN_SIZE_TEST
+    assert max(image["image"].shape[1:]) <= cfg.INPUT.MAX_SIZE_TEST
+
+
+def test_own_mapper_is_used(cfg, shapes, all_ids):
+    loader = build_test_loader(cfg, f"{shapes}_val_panoptic", mapper=lambda record: record["image_id"])
+    assert list(chain.from_iterable(loader)) == all_ids
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5])
+def test_batch_size_must_be_a_positive_integer(cfg, shapes, batch_size):
+    cfg.TEST.BATCH_SIZE = batch_size
+    with pytest.raises(ValueError, match=r"TEST\.BATCH_SIZE must be a positive integer"):
+        build_test_loader(cfg, f"{shapes}_val_panoptic")

@@ -1,0 +1,198 @@
+"""tools/train_net.py: evaluation end to end through the command, and its messages."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from mask2former import get_mask2former_cfg
+from mask2former.data.datasets.shapes import register_shapes
+from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "configs/shapes/maskformer2_mini_shapes.yaml"
+METRICS = {
+    "panoptic_seg": {"PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st"},
+    "segm": {"AP", "AP50", "AP75", "APs", "APm", "APl"},
+    "bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl"},
+    "sem_seg": {"mIoU", "fwIoU", "mACC", "pACC"},
+}
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory) -> Path:
+    """A value for DETECTRON2_DATASETS."""
+    root = tmp_path_factory.mktemp("datasets")
+    make_shapes_dataset(root / "shapes", ShapesOptions(train=1, val=5, min_size=48, max_size=96))
+    return root
+
+
+@pytest.mark.slow
+def test_evaluation_end_to_end(datasets, tmp_path):
+    """The whole command, on the CPU, with the small model and small images."""
+    arguments = ["--eval-only", "--config-file", CONFIG, "MODEL.DEVICE", "cpu", "TEST.BATCH_SIZE", "2"]
+    arguments += ["INPUT.MIN_SIZE_TEST", "64", "DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(tmp_path)]
+    result = subprocess.run(
+        [sys.executable, "tools/train_net.py", *arguments],
+        cwd=REPO_ROOT,
+        env={**os.environ, "DETECTRON2_DATASETS": str(datasets), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    results = json.loads((tmp_path / "inference" / "results.json").read_text())["shapes_val_panoptic"]
+    assert set(results) == set(METRICS)
+    for task, metrics in METRICS.items():
+        assert metrics <= set(results[task])
+    assert 0 <= results["sem_seg"]["pACC"] <= 100
+    assert len(list((tmp_path / "inference" / "panoptic_predictions").glob("*.png"))) == 5
+    # detectron2's own logs, its copy-paste lines, and one warning for the weights.
+    assert "Start inference on 3 batches" in result.stdout
+    assert "copypaste: PQ,SQ,RQ" in result.stdout
+    assert result.stdout.count("MODEL.WEIGHTS is empty") == 1
+    assert (tmp_path / "config.yaml").is_file() and (tmp_path / "log.txt").is_file()
+
+
+@pytest.fixture(scope="module")
+def train_net():
+    spec = importlib.util.spec_from_file_location("train_net", REPO_ROOT / "tools" / "train_net.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(train_net, capsys, monkeypatch):
+    """Runs it in this process with arguments that must be refused, and returns the message."""
+    monkeypatch.chdir(REPO_ROOT)
+    monkeypatch.setattr(train_net, "launch", lambda *a, **k: pytest.fail("the command was started"))
+
+    def refused(*arguments: str) -> str:
+        assert train_net.run(list(arguments)) == 2
+        return capsys.readouterr().err
+
+    return refused
+
+
+def test_training_is_refused(run):
+    message = run("--config-file", CONFIG)
+    assert "training is not there yet" in message and "--eval-only" in message
+
+
+def test_config_is_required(run):
+    assert "--config-file is missing" in run("--eval-only")
+
+
+def test_config_that_is_missing_is_named(run):
+    assert "'configs/nope.yaml' does not exist" in run("--eval-only", "--config-file", "configs/nope.yaml")
+
+
+@pytest.mark.parametrize("count, available", [(2, 0), (3, 2), (2, 1)])
+def test_more_gpus_than_there_are(run, monkeypatch, count, available):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
+    message = run("--eval-only", "--config-file", CONFIG, "--num-gpus", str(count))
+    assert f"--num-gpus {count}" in message and f"sees {available} GPUs" in message
+
+
+def test_no_gpus_at_all_is_spelled_otherwise(run):
+    assert "MODEL.DEVICE cpu" in run("--eval-only", "--config-file", CONFIG, "--num-gpus", "0")
+
+
+@pytest.fixture
+def available(train_net, monkeypatch):
+    """As if the data set were there."""
+    monkeypatch.setattr(train_net, "check_test_sets", lambda cfg: None)
+
+
+def test_cuda_that_is_absent(run, available, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = run("--eval-only", "--config-file", CONFIG, "MODEL.DEVICE", "cuda")
+    assert "MODEL.DEVICE is cuda" in message and "Add MODEL.DEVICE cpu" in message
+
+
+def test_several_gpus_with_device_cpu(run, available, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    message = run("--eval-only", "--config-file", CONFIG, "--num-gpus", "2", "MODEL.DEVICE", "cpu")
+    assert "--num-gpus 2 with MODEL.DEVICE cpu" in message
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        (("MODEL.FOO", "1"), "Non-existent key: MODEL.FOO"),
+        (("MODEL.FOO",), "KEY VALUE"),
+        (("TEST.BATCH_SIZE", "many"), "TEST.BATCH_SIZE"),
+        (("MODEL.WEIGHTS", "no_such_file.pkl"), "MODEL.WEIGHTS no_such_file.pkl: there is no such file"),
+        (("TEST.AUG.ENABLED", "True"), "TEST.AUG.ENABLED False"),
+    ],
+)
+def test_wrong_overrides(run, available, override, message):
+    assert message in run("--eval-only", "--config-file", CONFIG, "MODEL.DEVICE", "cpu", *override)
+
+
+def test_data_set_that_is_not_registered(run):
+    message = run("--eval-only", "--config-file", CONFIG, "MODEL.DEVICE", "cpu", "DATASETS.TEST", "('nope',)")
+    assert "'nope', which is not registered" in message
+
+
+def test_data_set_that_is_not_drawn(run, tmp_path):
+    register_shapes(str(tmp_path / "absent"), "shapes_trainnet")
+    arguments = ["MODEL.DEVICE", "cpu", "DATASETS.TEST", "('shapes_trainnet_val_panoptic',)"]
+    message = run("--eval-only", "--config-file", CONFIG, *arguments, "OUTPUT_DIR", str(tmp_path / "out"))
+    assert "python tools/make_shapes_dataset.py" in message and str(tmp_path / "absent") in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_tells_the_usual_overrides(train_net):
+    text = train_net.build_parser().format_help()
+    for word in (
+        "--eval-only",
+        "--num-gpus",
+        "TEST.BATCH_SIZE",
+        "MODEL.DEVICE cpu",
+        "make_shapes_dataset.py",
+    ):
+        assert word in text
+
+
+def test_checkpoint_and_expected_results(train_net, datasets, tmp_path, monkeypatch):
+    """Weights saved from a model give its results again, and TEST.EXPECTED_RESULTS is verified."""
+    register_shapes(str(datasets / "shapes"), "trainnettest")
+    monkeypatch.chdir(REPO_ROOT)
+    overrides = ["MODEL.DEVICE", "cpu", "DATASETS.TEST", "('trainnettest_val_sem_seg',)"]
+    overrides += ["INPUT.MIN_SIZE_TEST", "64", "DATALOADER.NUM_WORKERS", "0"]
+    config = "configs/shapes/maskformer2_mini_shapes_semantic.yaml"
+    model = build_model(get_mask2former_cfg(config, overrides))
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    overrides += ["MODEL.WEIGHTS", str(tmp_path / "weights.pth")]
+
+    def results_of(name: str, *more: str) -> dict:
+        arguments = [
+            "--eval-only",
+            "--config-file",
+            config,
+            *overrides,
+            "OUTPUT_DIR",
+            str(tmp_path / name),
+            *more,
+        ]
+        assert train_net.run(arguments) == 0
+        return json.loads((tmp_path / name / "inference" / "results.json").read_text())
+
+    first = results_of("first")
+    accuracy = first["trainnettest_val_sem_seg"]["sem_seg"]["pACC"]
+
+    def expected(value: float) -> tuple[str, str]:
+        return "TEST.EXPECTED_RESULTS", f"[['sem_seg', 'pACC', {value}, 0.001]]"
+
+    assert results_of("second", *expected(accuracy)) == first
+    with pytest.raises(SystemExit):
+        results_of("third", *expected(accuracy + 50))

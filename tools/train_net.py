@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""Evaluate a Mask2Former model on the data sets of its config: PQ, AP and mIoU."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+
+from mask2former import get_mask2former_cfg
+from mask2former.evaluation import check_test_sets, evaluate_model
+
+EPILOG = """
+Examples:
+  on the data set that everyone can draw (python tools/make_shapes_dataset.py), without a GPU:
+    python tools/train_net.py --eval-only --config-file configs/shapes/maskformer2_mini_shapes.yaml \\
+        MODEL.DEVICE cpu
+  an official checkpoint on COCO, two GPUs, four images a batch:
+    python tools/train_net.py --eval-only --num-gpus 2 \\
+        --config-file configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml \\
+        MODEL.WEIGHTS model_final.pkl TEST.BATCH_SIZE 4
+
+KEY VALUE pairs at the end override the config. Often wanted:
+  MODEL.WEIGHTS FILE           checkpoint (.pkl or .pth)
+  MODEL.DEVICE cpu             run without a GPU
+  MODEL.BACKEND NAME           what runs the network
+  TEST.BATCH_SIZE N            images per batch and GPU (1)
+  DATASETS.TEST "('name',)"    data sets to evaluate on
+  OUTPUT_DIR DIR               logs; predictions and results.json go to DIR/inference
+"""
+
+
+class UsageError(Exception):
+    """The command or the config asks for what cannot be done; the message says what to change."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = default_argument_parser(epilog=EPILOG)
+    parser.description = __doc__
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """What can be told before any process starts."""
+    if not args.eval_only:
+        raise UsageError(
+            "this version evaluates only: training is not there yet. Add --eval-only to evaluate "
+            "MODEL.WEIGHTS"
+        )
+    if not args.config_file:
+        raise UsageError("--config-file is missing: name a file of configs/")
+    if args.num_gpus < 1:
+        raise UsageError(
+            f"--num-gpus {args.num_gpus}: must be at least 1. To run without a GPU, leave --num-gpus out and "
+            "add MODEL.DEVICE cpu"
+        )
+    available = torch.cuda.device_count()
+    if args.num_gpus > max(available, 1):
+        raise UsageError(
+            f"--num-gpus {args.num_gpus}, but PyTorch {torch.__version__} sees {available} GPUs. "
+            + ("Use at most as many" if available else "Leave --num-gpus out and add MODEL.DEVICE cpu")
+        )
+
+
+def load_config(args: argparse.Namespace) -> CfgNode:
+    """The config of the command line, checked against this machine, not frozen."""
+    try:
+        cfg = get_mask2former_cfg(args.config_file, args.opts)
+        check_test_sets(cfg)
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        # str() of a KeyError is in quotes.
+        raise UsageError(error.args[0] if isinstance(error, KeyError) else error) from error
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but PyTorch {torch.__version__} sees no GPU. Add "
+            "MODEL.DEVICE cpu at the end of the command, or install a PyTorch with CUDA and check nvidia-smi"
+        )
+    if cfg.MODEL.DEVICE == "cpu" and args.num_gpus > 1:
+        raise UsageError(f"--num-gpus {args.num_gpus} with MODEL.DEVICE cpu: leave one of them out")
+    if cfg.TEST.AUG.ENABLED:
+        raise UsageError("test-time augmentation is not there: set TEST.AUG.ENABLED False")
+    weights = cfg.MODEL.WEIGHTS
+    # What has a scheme (https://, detectron2://) is fetched by detectron2.
+    if weights and "://" not in weights and not PathManager.isfile(weights):
+        raise UsageError(f"MODEL.WEIGHTS {weights}: there is no such file")
+    return cfg
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """detectron2's usual start of a job: config, logs, seeds."""
+    cfg = load_config(args)
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
+    return cfg
+
+
+def main(args: argparse.Namespace) -> dict:
+    cfg = setup(args)
+    logger = logging.getLogger("mask2former.train_net")
+    model = build_model(cfg)
+    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    if not cfg.MODEL.WEIGHTS and not (args.resume and checkpointer.has_checkpoint()):
+        logger.warning("MODEL.WEIGHTS is empty: the weights are random, and so are the results")
+    else:
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    results = evaluate_model(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def run(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        check_args(args)
+        # Read here too: a mistake in the config should not end in the tracebacks of several processes.
+        load_config(args)
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except UsageError as error:
+        print(f"train_net.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
