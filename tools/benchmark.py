@@ -26,30 +26,33 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 STAGES = ("core", "postprocess", "forward", "predictor")
-FIELDS = [
-    "date",
-    "implementation",
-    "gpu",
-    "torch",
-    "cuda",
-    "detectron2",
-    "python",
-    "config",
-    "backend",
-    "precision",
-    "batch",
-    "image",
-    "padded",
-    "output",
-    "stage",
-    "median_ms",
-    "p10_ms",
-    "p90_ms",
-    "iterations",
-    "peak_mib",
-    "segments",
-    "instances",
-]
+FIELDS = (
+    *(
+        "date",
+        "implementation",
+        "gpu",
+        "torch",
+        "cuda",
+        "detectron2",
+        "python",
+        "config",
+        "backend",
+        "precision",
+    ),
+    *(
+        "batch",
+        "image",
+        "padded",
+        "output",
+        "stage",
+        "median_ms",
+        "p10_ms",
+        "p90_ms",
+        "iterations",
+        "peak_mib",
+    ),
+    *("segments", "instances"),
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -334,7 +337,7 @@ def run_release(args: argparse.Namespace, argv: list[str], weights: str) -> list
 def write_csv(folder: str, rows: list[dict]) -> Path:
     first = rows[0]
     name = f"{first['gpu']}_torch{first['torch']}_{time.strftime('%Y%m%d-%H%M%S')}.csv"
-    path = Path(folder) / "".join(c if c.isalnum() or c in "._-+" else "-" for c in name)
+    path = Path(folder) / "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
@@ -344,19 +347,8 @@ def write_csv(folder: str, rows: list[dict]) -> Path:
 
 
 def print_table(rows: list[dict]) -> None:
-    columns = [
-        "implementation",
-        "precision",
-        "batch",
-        "padded",
-        "stage",
-        "median_ms",
-        "p10_ms",
-        "p90_ms",
-        "peak_mib",
-        "segments",
-        "instances",
-    ]
+    columns = ["implementation", "precision", "batch", "padded", "stage", "median_ms", "p10_ms", "p90_ms"]
+    columns += ["peak_mib", "segments", "instances"]
     table = [columns] + [[str(row[c]) for c in columns] for row in rows]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
     first = rows[0]
