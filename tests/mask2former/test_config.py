@@ -1,4 +1,3 @@
-# ruff: noqa: SIM300 -- upper-case config keys are not constants
 from pathlib import Path
 
 import pytest
