@@ -1,0 +1,108 @@
+"""Configuration keys of the TensorRT backend."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+from detectron2.config import CfgNode
+
+# A number written with a decimal point needs one in an override too: yacs does not take 4 for 4.0.
+_DEFAULTS = {
+    "MODEL": {
+        # What runs the network: "torch", or "tensorrt" for this plugin.
+        "BACKEND": "torch",
+        "TENSORRT": {
+            # Arithmetic of the engine: "fp32", "tf32" (fp32 with TF32 matrix products), "fp16", or "bf16"
+            # (TensorRT 10 and later).
+            "PRECISION": "fp16",
+            # Modules that compute in float32 in an fp16 or bf16 engine, with all that is below them: names as in
+            # model.named_modules(), with the wildcards * ? [] of fnmatch. "default" stands for the built-in list,
+            # which protects accuracy: add to it, ["default", "backbone.res5"], rather than replace it.
+            "FP32_MODULES": ["default"],
+            # Padded image sizes that one engine serves, as three strings "HxW": smallest, the one to be fastest
+            # at, largest. One string: that size alone. []: derived from INPUT.MIN_SIZE_TEST, INPUT.MAX_SIZE_TEST
+            # and MODEL.MASK_FORMER.SIZE_DIVISIBILITY (d2_trt.options.derive_sizes).
+            "SHAPES": [],
+            # Batches of 1 to MAX_BATCH_SIZE images; memory grows with it.
+            "MAX_BATCH_SIZE": 1,
+            # The batch size to be fastest at. 0: MAX_BATCH_SIZE.
+            "OPT_BATCH_SIZE": 0,
+            # One engine for every batch and padded size, built when it first comes, instead of one for the whole
+            # range: faster, at the price of a build for each. SHAPES still bounds the sizes.
+            "STATIC": False,
+            # Multi-scale deformable attention by: "plugin", this project's own kernel; "stock", the plugin that
+            # comes with TensorRT; "native", TensorRT's own layers (slow); "auto", the first of them that is there.
+            "MSDA": "auto",
+            # Scratch memory that the engine may use, in GiB. 0.0: TensorRT's default, all of the GPU's.
+            "WORKSPACE": 0.0,
+            # Effort of the builder, 0 (quick build) to 5 (long build, perhaps a faster engine).
+            "OPT_LEVEL": 3,
+            # Keep kernel timings between builds, in CACHE.DIR: the second build takes a fraction of the first.
+            "TIMING_CACHE": True,
+            "CACHE": {
+                # Where engines are kept. "": $XDG_CACHE_HOME/d2_trt, else ~/.cache/d2_trt. Engines hold code for
+                # the GPU: load them only from a folder that nobody you distrust can write to.
+                "DIR": "",
+                # "readwrite": use what is there, build and keep what is not.
+                # "read": use what is there, build what is not but keep nothing; never writes to DIR.
+                # "require": use what is there, raise CacheError for what is not; never builds, never writes.
+                # "rebuild": build once more, and replace what is there.
+                # "off": build, keep nothing, look at nothing.
+                "MODE": "readwrite",
+                # Engines in DIR take at most this many GB (10^9 bytes); the least recently used goes first.
+                "MAX_GB": 20.0,
+            },
+            "VERIFY": {
+                # Compare every new engine with PyTorch in float32, and refuse one that misses the figures below.
+                "ENABLED": True,
+                # Padded sizes of the range to compare at, the fastest, smallest and largest among them, and
+                # images at each.
+                "SIZES": 3,
+                "IMAGES": 1,
+                # 0.0: by PRECISION (d2_trt.options.VERIFY_DEFAULTS). Negative: not checked.
+                # Share of mask pixels whose logits have PyTorch's sign.
+                "MIN_SIGN_AGREEMENT": 0.0,
+                # Share of queries whose best class is PyTorch's.
+                "MIN_CLASS_AGREEMENT": 0.0,
+                # Norm of the difference over the norm of PyTorch's, for class logits and for mask logits.
+                "MAX_LOGIT_ERROR": 0.0,
+                "MAX_MASK_ERROR": 0.0,
+            },
+            # Images of a padded size or number outside the engine's range: "torch" runs them in PyTorch, with one
+            # warning; "raise" raises EngineShapeError.
+            "ON_OUT_OF_RANGE": "torch",
+            # Something is missing, or the build fails: "raise" says what; "torch" warns once and runs PyTorch.
+            "ON_ERROR": "raise",
+            # Replay a CUDA graph for each size instead of launching the engine's kernels one by one.
+            "CUDA_GRAPHS": False,
+            # File of this project's compiled plugin. "": looked for beside the package.
+            "PLUGIN": "",
+        },
+    },
+}
+
+
+def add_tensorrt_config(cfg: CfgNode) -> None:
+    """Add MODEL.TENSORRT.* to a detectron2 config, in place, and MODEL.BACKEND where it is missing.
+
+    Keys that are already there keep their values, so that a second call resets nothing. Values are checked by
+    TensorRTOptions.from_cfg.
+
+    Raises:
+        TypeError: a value stands where a group of keys (such as MODEL.TENSORRT) belongs.
+    """
+    _add_missing(cfg, _DEFAULTS, prefix="")
+
+
+def _add_missing(node: CfgNode, defaults: Mapping, prefix: str) -> None:
+    for key, value in defaults.items():
+        if not isinstance(value, Mapping):
+            if key not in node:
+                node[key] = copy.deepcopy(value)  # lists must not be shared between configs
+            continue
+        if key not in node:
+            node[key] = CfgNode()
+        elif not isinstance(node[key], CfgNode):
+            raise TypeError(f"{prefix}{key} is {node[key]!r}, but it must be a group of keys (a CfgNode).")
+        _add_missing(node[key], value, prefix=f"{prefix}{key}.")

@@ -1,0 +1,17 @@
+"""Converters from PyTorch to TensorRT layers; importing this fills the table."""
+
+from . import deformable, layers, shape_ops, structure
+from .graph import Graph
+from .registry import CONVERTERS, Guard, converter_table, converts
+
+__all__ = [
+    "CONVERTERS",
+    "Graph",
+    "Guard",
+    "converter_table",
+    "converts",
+    "deformable",
+    "layers",
+    "shape_ops",
+    "structure",
+]

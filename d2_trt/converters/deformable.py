@@ -1,0 +1,148 @@
+"""Converters of multi-scale deformable attention: NVIDIA's plugin, or TensorRT's own layers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .. import compat
+from ..errors import ConversionError
+from .registry import converts
+
+_F32 = {"compute": torch.float32, "out": torch.float32}
+STOCK_PLUGIN = "MultiscaleDeformableAttnPlugin_TRT"
+
+
+@converts("mask2former.modeling.pixel_decoder.ms_deform_attn.MSDeformAttnCore.forward")
+def ms_deform_attn_core(g, result, module, value, sampling_offsets, attention_logits, spatial_shapes):
+    maps = [g.tensor(m) for m in spatial_shapes.maps]
+    sizes = [(g.size(m, 2), g.size(m, 3)) for m in maps]
+    value, offsets, logits = g.tensor(value), g.tensor(sampling_offsets), g.tensor(attention_logits)
+    weights = g.softmax(logits, -1, **_F32)
+    locations = _locations(g, offsets, sizes)
+    points = sampling_offsets.shape[4]
+    compute = {"stock": _stock_plugin, "native": _native}[g.msda]
+    return compute(g, value, locations, weights, sizes, points)
+
+
+def _locations(g, offsets, sizes):
+    """Sampling points as fractions of each level: (B, S, heads, levels, points, 2) float32."""
+    centers, pixel_sizes = [], []
+    for height, width in sizes:
+        y, x = (
+            g.elementwise("DIV", g.elementwise("SUM", g.iota(n), 0.5, **_F32), g.to_float(n), **_F32)
+            for n in (height, width)
+        )
+        whole = [height, width, 1]
+        x = g.expand(g.reshape(x, [1, width, 1]), whole)
+        y = g.expand(g.reshape(y, [height, 1, 1]), whole)
+        centers.append(g.reshape(g.concat([x, y], 2), [g.mul(height, width), 2]))
+        sides = g.concat([g.to_float(width), g.to_float(height)], 0)
+        pixel_sizes.append(g.reshape(g.elementwise("DIV", 1.0, sides, **_F32), [1, 2]))
+    center = g.concat(centers, 0)  # (S, 2)
+    center = g.reshape(center, [1, g.size(center, 0), 1, 1, 1, 2])
+    pixel = g.reshape(g.concat(pixel_sizes, 0), [1, 1, 1, len(sizes), 1, 2])
+    return g.elementwise("SUM", g.elementwise("PROD", offsets, pixel, **_F32), center, **_F32)
+
+
+def _stock_plugin(g, value, locations, weights, sizes, points):
+    """NVIDIA's plugin. Its float16 kernel rounds coordinates to half, so it always gets float32."""
+    creator = compat.plugin_creator(STOCK_PLUGIN)
+    if creator is None:
+        raise ConversionError(
+            f"TensorRT's plugin {STOCK_PLUGIN} is not registered: is libnvinfer_plugin installed? "
+            "MODEL.TENSORRT.MSDA native does without it"
+        )
+    plugin = creator.create_plugin("msda", g.trt.PluginFieldCollection([]))
+    levels = len(sizes)
+    int32 = torch.int32
+    rows, starts, start = [], [], 0
+    for height, width in sizes:
+        rows.append(g.shape_tensor([height, width]))
+        starts.append(g.shape_tensor([start]))
+        start = g.add(start, g.mul(height, width))
+
+    def joined(parts):
+        return g.cast(g.network.add_concatenation(parts).get_output(0), int32)
+
+    shapes = g.network.add_shuffle(joined(rows))
+    shapes.reshape_dims = (levels, 2)
+    heads = value.shape[2]
+    weights = g.reshape(weights, [g.size(weights, 0), g.size(weights, 1), heads, levels, points])
+
+    def add(v, locations, weights):
+        inputs = [v, shapes.get_output(0), joined(starts), locations, weights]
+        if hasattr(g.network, "add_plugin_v2"):
+            return g.network.add_plugin_v2(inputs, plugin)
+        raise ConversionError("this TensorRT has no add_plugin_v2; use MODEL.TENSORRT.MSDA native")
+
+    # Cast outright, also where networks are weakly typed: a plugin takes no other type than the tensor's.
+    inputs = [g.cast(t, torch.float32) for t in (value, locations, weights)]
+    out = add(*inputs).get_output(0)  # (B, S, heads, D)
+    return g.reshape(out, [g.size(out, 0), g.size(out, 1), heads * value.shape[3]])
+
+
+def _native(g, value, locations, weights, sizes, points):
+    """Gathers and sums, for where no plugin is to be had: right, and slow."""
+    batch, pixels, heads, dim = (g.size(value, i) for i in range(4))
+    value = g.transpose(value, (0, 2, 1, 3))  # (B, heads, S, D)
+    locations = g.transpose(locations, (0, 2, 1, 3, 4, 5))  # (B, heads, S, levels, points, 2)
+    weights = g.transpose(weights, (0, 2, 1, 3))  # (B, heads, S, levels * points)
+    total, start = None, 0
+    for level, (height, width) in enumerate(sizes):
+        count = g.mul(height, width)
+        level_value = g.slice(value, [0, 0, start, 0], [batch, heads, count, dim])
+        level_value = g.reshape(level_value, [g.mul(batch, heads), count, dim])
+        start = g.add(start, count)
+
+        def coordinate(index, size, level=level):
+            part = g.slice(locations, [0, 0, 0, level, 0, index], [batch, heads, pixels, 1, points, 1])
+            part = g.reshape(part, [batch, heads, pixels, points])
+            length = g.tensor(g.to_float(size), 4)
+            return g.elementwise("SUB", g.elementwise("PROD", part, length, **_F32), 0.5, **_F32), length
+
+        (x, w), (y, h) = coordinate(0, width), coordinate(1, height)
+        x0, y0 = g.unary("FLOOR", x, **_F32), g.unary("FLOOR", y, **_F32)
+        weight = g.slice(weights, [0, 0, 0, level * points], [batch, heads, pixels, points])
+        for dx in (0.0, 1.0):
+            for dy in (0.0, 1.0):
+                xi, yi = g.elementwise("SUM", x0, dx, **_F32), g.elementwise("SUM", y0, dy, **_F32)
+                share = weight
+                inside = None
+                for at, corner, length in ((x, xi, w), (y, yi, h)):
+                    gap = g.unary("ABS", g.elementwise("SUB", at, corner, **_F32), **_F32)
+                    share = g.elementwise("PROD", share, g.elementwise("SUB", 1.0, gap, **_F32), **_F32)
+                    high = g.elementwise("SUB", length, 0.5, **_F32)
+                    for test in (
+                        g.elementwise("GREATER", corner, -0.5, **_F32),
+                        g.elementwise("LESS", corner, high, **_F32),
+                    ):
+                        inside = test if inside is None else g.elementwise("AND", inside, test)
+                share = g.select(inside, share, g.tensor(0.0, 4))
+                clamped = []
+                for corner, length in ((xi, w), (yi, h)):
+                    last = g.elementwise("SUB", length, 1.0, **_F32)
+                    clamped.append(
+                        g.elementwise("MIN", g.elementwise("MAX", corner, 0.0, **_F32), last, **_F32)
+                    )
+                index = g.elementwise("SUM", g.elementwise("PROD", clamped[1], w, **_F32), clamped[0], **_F32)
+                # One batch dimension: TensorRT 8.6 gathers with no more.
+                index = g.cast(index, torch.int32)
+                flat = g.reshape(index, [g.mul(batch, heads), g.mul(pixels, points)])
+
+                def gather(v, flat=flat):
+                    layer = g.network.add_gather_v2(v, flat, g.trt.GatherMode.DEFAULT)
+                    layer.axis, layer.num_elementwise_dims = 1, 1
+                    return layer
+
+                sample = g.emit(gather, level_value)  # (B * heads, S * points, D)
+                sample = g.reshape(sample, [batch, heads, pixels, points, dim])
+                weighted = g.elementwise("PROD", sample, g.reshape(share, [batch, heads, pixels, points, 1]))
+                part = g.emit(
+                    lambda t: g.network.add_reduce(t, g.trt.ReduceOperation.SUM, 1 << 3, False),
+                    weighted,
+                    **_F32,
+                )
+                total = part if total is None else g.elementwise("SUM", total, part, **_F32)
+    out = g.transpose(total, (0, 2, 1, 3))  # (B, S, heads, D)
+    return g.reshape(out, [g.size(out, 0), g.size(out, 1), int(np.prod([heads, dim]))])
