@@ -83,8 +83,8 @@ def trt_logger():
         severity.INTERNAL_ERROR: logging.ERROR,
         severity.ERROR: logging.ERROR,
         severity.WARNING: logging.WARNING,
-        severity.INFO: logging.INFO,
-        severity.VERBOSE: logging.DEBUG,
+        severity.INFO: logging.DEBUG,
+        severity.VERBOSE: logging.DEBUG // 2,  # every tactic of every layer: detectron2's loggers show DEBUG
     }
     target = logging.getLogger("d2_trt.tensorrt")
 

@@ -10,6 +10,7 @@ import math
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
@@ -121,7 +122,12 @@ class FileLock:
 
 
 def _holder(fd: int) -> str:
-    return os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
+    for _ in range(20):  # it writes its name once it has the lock
+        name = os.pread(fd, 200, 0).decode(errors="replace").strip()
+        if name:
+            return name
+        time.sleep(0.005)
+    return "another process"
 
 
 def _is_file(fd: int, path: Path) -> bool:

@@ -668,6 +668,24 @@ def test_prune_leaves_what_is_being_built(cache):
     assert cache.get_or_build(ingredients(1), build).path.exists()
 
 
+def test_entry_whose_key_is_locked_is_not_removed(cache):
+    put(cache, 0)
+    with cache_files.FileLock(cache.directory / "locks" / f"{KEY}.lock"):
+        assert not EngineCache(cache.directory).remove(KEY)
+        assert EngineCache(cache.directory).prune(everything=True) == []
+    assert cache.remove(KEY)
+
+
+def test_entry_under_another_name_is_found_foreign(cache):
+    put(cache, 0)
+    for ending in ("engine", "json"):
+        os.replace(cache.directory / f"{KEY}.{ending}", cache.directory / f"{key_of(1)}.{ending}")
+    assert cache.load(key_of(1)) is None
+    assert "made from something else" in cache.list()[0].problem
+    assert "made from something else" in cache.verify()[0].problem
+    assert [e.key for e in cache.prune()] == [key_of(1)]
+
+
 def test_prune_everything_leaves_files_of_others(cache):
     put(cache, 0)
     (cache.directory / "notes.txt").write_text("mine")

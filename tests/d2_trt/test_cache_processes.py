@@ -295,7 +295,7 @@ def build():
     child = os.fork()
     if child == 0:
         raise SystemExit(0)  # through every `with` of the parent's stack
-    os.waitpid(child, 0)
+    assert os.waitpid(child, 0)[1] == 0
     say("building")
     sys.stdin.readline()
     return Builder(0)()

@@ -167,7 +167,7 @@ def test_real_engine_serves_every_size(name, precision):
     model = mini_model(name)
     spec = BuildSpec(**DYNAMIC, precision=precision, opt_level=0)
     plan, report, _ = builder.build_engine(model, spec, random_images(TRACED).cuda())
-    assert report.engine_bytes == len(plan) and report.layers["CONVOLUTION"] > 20
+    assert report.engine_bytes == len(plan) and report.layers["CONVOLUTION"] >= 7
     engine = Engine(plan, torch.device("cuda"))
     for shape in (TRACED, *OTHERS, (1, 3, 256, 224)):
         images = random_images(shape).cuda()

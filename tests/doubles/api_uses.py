@@ -7,6 +7,7 @@ and some names stand for one class by convention. What cannot be inferred is not
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ PARAMETERS = {
 }
 # These names are so wherever they come from.
 ALWAYS = {"network": "INetworkDefinition", "layer": "ILayer"}
+# What module functions return whose signatures do not say.
+RETURNED = {"get_plugin_registry": "IPluginRegistry"}
 # Functions that take a name in an enum as their first argument.
 NAMED = {
     "elementwise": "ElementWiseOperation",
@@ -89,8 +92,9 @@ def _known(name: str) -> str | None:
 
 def _returned(owner: str, method: str) -> str | None:
     """Class that a method returns, from its newest signature."""
-    for version in reversed(versions()):
-        for text in manifest(version).get(f"{owner}.{method}", {}).get("sig") or ():
+    owners = [owner, "ILayer"] if re.fullmatch(r"I\w+Layer", owner) else [owner]
+    for version, kind in itertools.product(reversed(versions()), owners):
+        for text in manifest(version).get(f"{kind}.{method}", {}).get("sig") or ():
             name = text.rpartition("-> ")[2].strip()
             if name in manifest(version):
                 return name
@@ -109,10 +113,14 @@ class _Finder(ast.NodeVisitor):
     def _use(self, node, name: str, how: str = "read", call: ast.Call | None = None) -> None:
         positional, keywords = 0, ()
         if call is not None:
-            if any(isinstance(a, ast.Starred) for a in call.args) or any(k.arg is None for k in call.keywords):
+            if any(isinstance(a, ast.Starred) for a in call.args) or any(
+                k.arg is None for k in call.keywords
+            ):
                 how = "read"
             else:
                 positional, keywords = len(call.args), tuple(k.arg for k in call.keywords)
+                if name.endswith(".__init__"):  # called on the class, with self
+                    positional -= 1
         self.uses.append(Use(f"{self.path}:{node.lineno}", name, how, positional, keywords))
 
     # Inference
@@ -136,12 +144,18 @@ class _Finder(ast.NodeVisitor):
             return ("module",)
         base = self.infer(node.value)
         if base is None:
-            if isinstance(node.value, ast.Name) and node.value.id == "self" and self.attributes.get(node.attr):
+            if (
+                isinstance(node.value, ast.Name)
+                and node.value.id == "self"
+                and self.attributes.get(node.attr)
+            ):
                 return self.attributes[node.attr]
             return ("object", ALWAYS[node.attr]) if node.attr in ALWAYS else None
         if base[0] == "module":
             kind = _known(node.attr)
-            return {"class": ("class", node.attr), "const": ("object", "DataType")}.get(kind, ("function", node.attr))
+            return {"class": ("class", node.attr), "const": ("object", "DataType")}.get(
+                kind, ("function", node.attr)
+            )
         if base[0] in ("object", "class"):
             nested = f"{base[1]}.{node.attr}"
             entries = [manifest(v).get(nested, {}).get("kind") for v in versions()]
@@ -162,8 +176,8 @@ class _Finder(ast.NodeVisitor):
         if function and function[0] == "method":
             returned = _returned(function[1], function[2])
             return ("object", returned) if returned else None
-        if name in ("trt_logger",):
-            return None
+        if function and function[0] == "function" and function[1] in RETURNED:
+            return ("object", RETURNED[function[1]])
         return None
 
     # Walking
@@ -173,7 +187,7 @@ class _Finder(ast.NodeVisitor):
         names = {a.arg: ("object", PARAMETERS[a.arg]) for a in arguments if a.arg in PARAMETERS}
         self._scoped(node, names)
 
-    visit_AsyncFunctionDef = visit_FunctionDef  # noqa: N815
+    visit_AsyncFunctionDef = visit_FunctionDef
 
     def visit_Lambda(self, node):
         self._scoped(node, {})
@@ -247,8 +261,11 @@ def find_uses(source: str, path: str = "source") -> list[Use]:
     """Uses of TensorRT's API in a file's source; none in files that do not mention it."""
     tree = ast.parse(source)
     mentions = any(
-        (isinstance(node, ast.Name) and node.id == "trt")
-        or (isinstance(node, ast.Attribute) and node.attr in ("trt", "network", "tensorrt", "execute_async_v3"))
+        (isinstance(node, ast.Name) and node.id in ("trt", "network"))
+        or (
+            isinstance(node, ast.Attribute)
+            and node.attr in ("trt", "network", "tensorrt", "execute_async_v3")
+        )
         for node in ast.walk(tree)
     )
     if not mentions:

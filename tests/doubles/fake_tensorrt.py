@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.machinery
 import sys
 import types
 
@@ -22,7 +23,7 @@ from . import (
     plugins,
     runtime,
 )
-from .trt_api import Api, ApiObject
+from .trt_api import Api
 from .trt_stubs import import_bindings
 from .weights import HeldWeights, make_weights_class
 
@@ -94,6 +95,8 @@ def fake_module(version: str) -> types.ModuleType:
         if hasattr(real, name):
             setattr(module, name, _absent(name))
     module.__file__ = __file__
+    # What looks a module up without importing it (importlib.util.find_spec, as torch does) wants a spec.
+    module.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None, origin=__file__)
     return module
 
 
@@ -139,6 +142,3 @@ def build_network(trt, examples=None, strong: bool | None = None):
     network = trt.Builder(trt.Logger()).create_network(1 << int(flag))
     network.examples = dict(examples or {})
     return network
-
-
-__all__ = ["ApiObject", "build_network", "fake_module", "forget_version", "use_tensorrt"]

@@ -86,6 +86,7 @@ class Api:
         self.trt = trt
         self.manifest = manifest(version)
         self.objects: dict[str, type] = {}  # doubles of the classes of which arguments must be instances
+        self.hold_weights = None  # what a layer remembers of Weights; set with the doubles
         self._members = {}
         self._signatures = {}
 
