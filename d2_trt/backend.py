@@ -161,10 +161,11 @@ class TensorRTBackend:
             compute_capability=capability,
             writable=self.options.timing_cache and self.options.cache.writable,
         )
+        use_timings = self.options.timing_cache and self.options.cache.mode != "off"
 
         def build() -> BuiltEngine:
             logger.info("Building the TensorRT engine for %s; this takes minutes, once", shapes.describe())
-            started = timing.load() if self.options.timing_cache else b""
+            started = timing.load() if use_timings else b""
             plan, report, timings = builder.build_engine(
                 model, spec, self._images(shapes.opt, images), started
             )

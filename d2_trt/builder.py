@@ -24,7 +24,7 @@ OUTPUTS = ("pred_logits", "pred_masks")
 
 # Kept in float32 at lower precisions, as patterns over module names.
 DEFAULT_FP32_MODULES = (
-    "model.sem_seg_head.predictor.class_embed",
+    "sem_seg_head.predictor.class_embed",
     "*.self_attn.core",
     "*.pe_layer",
 )
@@ -106,6 +106,7 @@ def precision_policy(spec: BuildSpec) -> Callable[[str], torch.dtype]:
     cache: dict[str, torch.dtype] = {}
 
     def dtype(name: str) -> torch.dtype:
+        name = name.removeprefix("model.")  # patterns are over the model's own names, which Core prefixes
         if name not in cache:
             pinned = any(
                 fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + ".*")

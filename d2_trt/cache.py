@@ -85,7 +85,7 @@ class EngineCache:
             return self._build(key, ingredients, build)
         self._warn_of_strangers()
         anew = self.mode == "rebuild" and key not in self._rebuilt
-        found, problem = self._store.read(key, ingredients)
+        found, problem = self._store.read(key)
         if found is not None and not anew:
             return self._used(found)
         if self.mode in ("read", "require"):
@@ -102,7 +102,7 @@ class EngineCache:
                 self._warn_uncached(error)
                 return self._build(key, ingredients, build)
             # While this one waited, another may have built it; with "rebuild", built it again.
-            now, problem = self._store.read(key, ingredients)
+            now, problem = self._store.read(key)
             if now is not None and not (anew and found is not None and now.sidecar == found.sidecar):
                 self._rebuilt.add(key)
                 return self._used(now)
@@ -111,16 +111,11 @@ class EngineCache:
             self._rebuilt.add(key)
             return self._keep(entry)
 
-    def load(self, key: str, ingredients: Mapping[str, Any] | None = None) -> CacheEntry | None:
-        """An entry by its key, checked; None where it is missing or, with a warning, damaged.
-
-        Args:
-            ingredients: must be those of the entry; None takes any.
-        """
+    def load(self, key: str) -> CacheEntry | None:
+        """An entry by its key, checked; None where it is missing or, with a warning, damaged."""
         if self.mode == "off":
             return None
-        wanted = None if ingredients is None else json.loads(canonical(ingredients))
-        entry, problem = self._store.read(key, wanted)
+        entry, problem = self._store.read(key)
         if problem:
             logger.warning("The cached engine %s is not used: %s", self._store.engine_path(key), problem)
         return None if entry is None else self._used(entry)

@@ -122,7 +122,7 @@ class FileLock:
 
 
 def _holder(fd: int) -> str:
-    for _ in range(20):  # it writes its name once it has the lock
+    for _ in range(400):  # it writes its name once it has the lock
         name = os.pread(fd, 200, 0).decode(errors="replace").strip()
         if name:
             return name

@@ -10,9 +10,8 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from .cache_entry import CacheEntry, Damaged, EntryInfo, parse_sidecar
 from .cache_files import (
@@ -92,19 +91,16 @@ class EngineStore:
 
     # Reading.
 
-    def read(
-        self, key: str, ingredients: Mapping[str, Any] | None = None, *, hold: bool = True
-    ) -> tuple[CacheEntry | None, str]:
+    def read(self, key: str, *, hold: bool = True) -> tuple[CacheEntry | None, str]:
         """An entry; or None and what is wrong with it, "" where it is just missing.
 
         Args:
-            ingredients: must be those of the entry; None takes any.
             hold: the engine is in use from now on.
         """
         for _ in range(3):
             before = self._stamp(key)
             try:
-                return self._read_once(key, ingredients, hold), ""
+                return self._read_once(key, hold), ""
             except FileNotFoundError:
                 # An engine alone is an entry that is being written, or one that never was.
                 problem = "the engine's file is missing" if before[1] is not None else ""
@@ -114,10 +110,8 @@ class EngineStore:
                 break
         return None, problem
 
-    def _read_once(self, key: str, ingredients: Mapping[str, Any] | None, hold: bool) -> CacheEntry:
+    def _read_once(self, key: str, hold: bool) -> CacheEntry:
         sidecar = parse_sidecar(self.sidecar_path(key).read_bytes(), key)
-        if ingredients is not None and sidecar["ingredients"] != ingredients:
-            raise Damaged("it was made from something else than its name says")
         with open(self.engine_path(key), "rb") as file:
             with contextlib.suppress(OSError):  # about to be removed, or no locks here: still readable
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

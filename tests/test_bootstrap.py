@@ -392,10 +392,20 @@ def test_another_detectron2_leaves_the_packages_alone(project, checkout):
     assert any("--force-reinstall" in command for command in project("--detectron2", str(checkout)))
 
 
-def test_native_detectron2_is_compiled_by_pip_from_the_checkout(project, checkout):
+def test_native_detectron2_is_compiled_by_pip_from_a_copy(project, checkout):
     commands = project("--detectron2", str(checkout), "--detectron2-native")
     install = next(command for command in commands if "--force-reinstall" in command)
-    assert install.endswith(str(checkout))
+    assert install.endswith("/native")
+
+
+def test_native_copy_keeps_what_needs_operators_and_leaves_the_checkout_alone(checkout, tmp_path):
+    before = {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()}
+    copy = detectron2_wheel.edited_copy(checkout, tmp_path / "copy")
+    assert "pkg_resources" not in (copy / detectron2_wheel.MODEL_ZOO).read_text()
+    assert "np.bool)" not in (copy / "detectron2/data.py").read_text()
+    assert "from detectron2 import _C" in (copy / detectron2_wheel.FAST_EVAL).read_text()
+    assert (copy / "detectron2/layers/csrc/vision.cpp").exists()
+    assert {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()} == before
 
 
 def test_chosen_torch_pair_replaces_the_pins(project, monkeypatch):

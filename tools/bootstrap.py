@@ -293,7 +293,7 @@ class Setup:
         with tempfile.TemporaryDirectory(prefix="d2_trt-") as folder:
             source = self.source.fetch(Path(folder), self.pip, self.command)
             if self.source.native:
-                package = source
+                package = detectron2_wheel.edited_copy(source, Path(folder, "native"))
             else:
                 self.console.detail("making a pure-Python wheel")
                 package = detectron2_wheel.build_wheel(source, Path(folder, "wheel"))

@@ -18,6 +18,7 @@ import base64
 import contextlib
 import hashlib
 import re
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -105,6 +106,7 @@ class Edit(NamedTuple):
     reason: str
     applies: Callable[[str], bool]
     change: Callable[[str], str]
+    with_extension: bool = True  # also needed where the operators are compiled
 
 
 def _substitution(pattern: str, replacement: str) -> Callable[[str], str]:
@@ -159,6 +161,7 @@ EDITS = (
         "fast COCO evaluation is a compiled operator",
         _one_file(FAST_EVAL),
         lambda text: FAST_EVAL_WITHOUT_EXTENSION,
+        with_extension=False,
     ),
     Edit(
         "Caffe2 is gone from PyTorch",
@@ -246,11 +249,25 @@ def collect(root: Path) -> dict[str, bytes]:
     return files
 
 
-def apply_edits(name: str, text: str) -> str:
+def apply_edits(name: str, text: str, with_extension: bool = False) -> str:
     for edit in EDITS:
-        if edit.applies(name):
+        if edit.applies(name) and (edit.with_extension or not with_extension):
             text = edit.change(text)
     return text
+
+
+def edited_copy(source: Path, destination: Path) -> Path:
+    """Copy a checkout with the edits applied that a native build needs too; setup.py then compiles the copy."""
+    shutil.copytree(
+        checked_root(source), destination, symlinks=True, ignore=shutil.ignore_patterns(".git", "build")
+    )
+    for folder in ("detectron2", "projects"):
+        for path in (destination / folder).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            edited = apply_edits(path.relative_to(destination).as_posix(), text, with_extension=True)
+            if edited != text:
+                path.write_text(edited, encoding="utf-8")
+    return destination
 
 
 def fingerprint(root: Path) -> str:

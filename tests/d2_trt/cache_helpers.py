@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from d2_trt.cache import BuiltEngine, EngineCache
 from d2_trt.cache_key import digest, key_ingredients
@@ -68,3 +69,14 @@ def files_of(*keys: str) -> set[str]:
 
 def warnings(caplog) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def entry_size(cache: EngineCache) -> int:
+    return max(e.size for e in cache.list())
+
+
+def flip(path: Path, position: int) -> None:
+    """Flip one bit of the byte at a position."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x04
+    path.write_bytes(data)

@@ -73,7 +73,7 @@ def start(folder):
 
 
 def finish(process: subprocess.Popen) -> tuple[str, str]:
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return out, err
 
@@ -192,7 +192,7 @@ def test_waiting_can_be_interrupted(folder, start):
     read_until(waiting.stderr, f"Waiting for process {os.getpid()} on ")
     time.sleep(0.05)  # from the message into the wait
     waiting.send_signal(signal.SIGINT)
-    _, err = waiting.communicate(timeout=10)
+    _, err = waiting.communicate(timeout=300)
     assert "KeyboardInterrupt" in err
     lock.release()
     assert put(EngineCache(folder)).built

@@ -385,7 +385,7 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen:
 
 def test_command_of_make_demo_works_from_any_folder(tmp_path):
     process = start("--draw", "2", cwd=tmp_path)
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=6000)
     assert process.returncode == 0, errors
     assert "scene 1 " in printed and "images per second" in printed
     assert "2/2" in errors
@@ -398,7 +398,7 @@ def test_sigint_ends_the_command_with_130_and_whole_files(tmp_path):
         if line.startswith("scene 1 "):
             break
     process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=600)
     assert process.returncode == 130, errors
     assert "stopped by Ctrl-C" in printed and "Traceback" not in errors
     results = files(tmp_path)
