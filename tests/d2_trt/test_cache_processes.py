@@ -42,6 +42,11 @@ def note(text):
 """
 
 
+def heed_interrupts() -> None:
+    """In a child: a job that a shell put into the background ignores Ctrl-C, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(autouse=True)
 def captured(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("d2_trt"), "propagate", True)
@@ -61,7 +66,9 @@ def start(folder):
     def start(code: str, *arguments: str) -> subprocess.Popen:
         command = [sys.executable, "-c", PRELUDE + code, str(ROOT), str(folder), *arguments]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started.append(subprocess.Popen(command, text=True, start_new_session=True, **pipes))
+        started.append(
+            subprocess.Popen(command, text=True, start_new_session=True, preexec_fn=heed_interrupts, **pipes)
+        )
         return started[-1]
 
     yield start

@@ -376,16 +376,20 @@ def test_without_cuda_the_cpu_is_used_and_named_once(tmp_path, capsys):
     assert capsys.readouterr().out.count("running on the CPU: ") == 1
 
 
+def heed_interrupts() -> None:
+    """In a child: a job that a shell put into the background ignores Ctrl-C, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(*arguments: str, cwd: Path) -> subprocess.Popen:
     command = [sys.executable, str(REPO / "tools" / "demo.py"), *arguments]
-    return subprocess.Popen(
-        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 1}
+    return subprocess.Popen(command, cwd=cwd, text=True, preexec_fn=heed_interrupts, **pipes)
 
 
 def test_command_of_make_demo_works_from_any_folder(tmp_path):
     process = start("--draw", "2", cwd=tmp_path)
-    printed, errors = process.communicate(timeout=6000)
+    printed, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "scene 1 " in printed and "images per second" in printed
     assert "2/2" in errors
