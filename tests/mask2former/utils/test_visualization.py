@@ -123,10 +123,7 @@ def test_mask_is_coloured_and_its_hole_is_not():
 def test_mask_in_a_hundred_thousand_pieces_is_painted_pixel_by_pixel():
     mask = np.random.default_rng(0).random((800, 1088)) > 0.5
     picture = Painter(CLASSES).paint(np.zeros((800, 1088, 3), np.uint8), findings_of(region(mask)))
-    painted = picture.any(axis=2)
-    assert painted[mask].all()
-    # Outlines and the label go over what lies beside the mask, and over little more.
-    assert painted.shape == mask.shape
+    assert picture.any(axis=2)[mask].all()
 
 
 def frame(*boxes: tuple[int, int, int, int]) -> Findings:
