@@ -130,7 +130,6 @@ def trace(network, config, core: Core, images: torch.Tensor, spec: BuildSpec) ->
     """
     t2t = compat.torch2trt()
     trt = compat.tensorrt()
-    graph_box: list[Graph] = []
     kwargs = {
         "module": core,
         "device_types": {},
@@ -150,7 +149,6 @@ def trace(network, config, core: Core, images: torch.Tensor, spec: BuildSpec) ->
         largest_size=max(spec.max_shape[1:]),
         msda=spec.msda,
     )
-    graph_box.append(graph)
     context = t2t.ConversionContext(
         network, converters=converter_table(graph), torch2trt_kwargs=kwargs, builder_config=config
     )

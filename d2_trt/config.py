@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-
 from detectron2.config import CfgNode
+
+from mask2former.config import add_missing
 
 # A number written with a decimal point needs one in an override too: yacs does not take 4 for 4.0.
 _DEFAULTS = {
@@ -92,17 +91,4 @@ def add_tensorrt_config(cfg: CfgNode) -> None:
     Raises:
         TypeError: a value stands where a group of keys (such as MODEL.TENSORRT) belongs.
     """
-    _add_missing(cfg, _DEFAULTS, prefix="")
-
-
-def _add_missing(node: CfgNode, defaults: Mapping, prefix: str) -> None:
-    for key, value in defaults.items():
-        if not isinstance(value, Mapping):
-            if key not in node:
-                node[key] = copy.deepcopy(value)  # lists must not be shared between configs
-            continue
-        if key not in node:
-            node[key] = CfgNode()
-        elif not isinstance(node[key], CfgNode):
-            raise TypeError(f"{prefix}{key} is {node[key]!r}, but it must be a group of keys (a CfgNode).")
-        _add_missing(node[key], value, prefix=f"{prefix}{key}.")
+    add_missing(cfg, _DEFAULTS)

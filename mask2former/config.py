@@ -127,10 +127,11 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     Names and defaults: the official release. Ours: MODEL.BACKEND, MODEL.MASK_FORMER.TEST.BOXES_FROM_MASKS
     and TEST.BATCH_SIZE.
     """
-    _add_missing(cfg, _DEFAULTS, prefix="")
+    add_missing(cfg, _DEFAULTS)
 
 
-def _add_missing(node: CfgNode, defaults: Mapping, prefix: str) -> None:
+def add_missing(node: CfgNode, defaults: Mapping, prefix: str = "") -> None:
+    """Add the keys of nested defaults that a config lacks; TypeError where a value stands in place of a group."""
     for key, value in defaults.items():
         if not isinstance(value, Mapping):
             if key not in node:
@@ -140,7 +141,7 @@ def _add_missing(node: CfgNode, defaults: Mapping, prefix: str) -> None:
             node[key] = CfgNode()
         elif not isinstance(node[key], CfgNode):
             raise TypeError(f"{prefix}{key} is {node[key]!r}, but it must be a group of keys (a CfgNode).")
-        _add_missing(node[key], value, prefix=f"{prefix}{key}.")
+        add_missing(node[key], value, prefix=f"{prefix}{key}.")
 
 
 def get_mask2former_cfg(config_file: str | os.PathLike | None = None, opts: Sequence = ()) -> CfgNode:
