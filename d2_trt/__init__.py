@@ -1,21 +1,34 @@
 """TensorRT backend for Mask2Former on detectron2.
 
-Importing this registers the backend "tensorrt" for MODEL.BACKEND. It needs no GPU, TensorRT or torch2trt; using the
-backend does.
+Importing this registers the backend "tensorrt" for MODEL.BACKEND, the meta-architecture TensorRTMaskFormer, and the keys of
+MODEL.TENSORRT for mask2former.get_mask2former_cfg. It needs no GPU, TensorRT or torch2trt; using the backend does.
 """
 
 from mask2former.backend import BACKEND_REGISTRY
+from mask2former.config import EXTENSIONS
 
 from .config import add_tensorrt_config
+from .meta_arch import TensorRTMaskFormer
 
-__all__ = ["add_tensorrt_config"]
+__all__ = ["TensorRTMaskFormer", "add_tensorrt_config"]
 
 
-def _tensorrt_backend(model, cfg):
-    from .backend import TensorRTBackend
+class _TensorRT:
+    """The registry's entry; the backend itself is imported when a model asks for it."""
 
-    return TensorRTBackend(model, cfg)
+    def __call__(self, model, cfg):
+        from .backend import TensorRTBackend
+
+        return TensorRTBackend(model, cfg)
+
+    @staticmethod
+    def check(cfg) -> None:
+        from .options import TensorRTOptions
+
+        TensorRTOptions.from_cfg(cfg)
 
 
 if "tensorrt" not in BACKEND_REGISTRY:
-    BACKEND_REGISTRY._do_register("tensorrt", _tensorrt_backend)
+    BACKEND_REGISTRY._do_register("tensorrt", _TensorRT())
+if add_tensorrt_config not in EXTENSIONS:
+    EXTENSIONS.append(add_tensorrt_config)

@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import logging
+import itertools
 import threading
+import time
+import weakref
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import builder, cache_key, compat, parity
-from .cache import BuiltEngine, EngineCache
+from .cache import BuiltEngine, CacheEntry, EngineCache
 from .cache_timing import TimingCache
 from .engine import Engine
-from .errors import D2TRTError, EngineShapeError, MissingDependencyError
+from .errors import BuildError, D2TRTError, EngineShapeError, MissingDependencyError
+from .logging import follow_detectron2, get_logger
 from .options import TensorRTOptions
+from .sample_images import SampleImages, verified_batches
 from .shape_range import ShapeRange
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
+
+# Engines kept in memory with STATIC, where every padded size has one; the least recently used is loaded again from the
+# cache when its size comes back.
+MAX_LOADED = 8
+
+
+@dataclasses.dataclass
+class _Loaded:
+    """An engine in memory, and what is told of it."""
+
+    engine: Engine
+    about: dict[str, Any]
+    used: int = 0  # the higher, the later
+
+
+# A padded range and the GPU that runs it.
+_Where = tuple[ShapeRange, torch.device]
 
 
 class TensorRTBackend:
-    """Runs a MaskFormer's network from an engine that is built on first use.
+    """Runs a MaskFormer's network from an engine that is built on first use. Safe to call from several threads.
 
-    Engines are for the weights that the model has when they are needed: after load_state_dict the backend looks again.
+    Engines are for the weights that the model has when they are needed. load_state_dict on the model or on a part of it
+    is noticed, and the next call looks again: the same weights keep their engines, others get their own. Edits that
+    PyTorch does not announce (`parameter.copy_`, an optimizer's step, a module put in the place of another) are not
+    noticed: call weights_changed() after them.
     """
 
     def __init__(self, model, cfg):
@@ -36,52 +62,166 @@ class TensorRTBackend:
 
         Raises:
             OptionsError: a key under MODEL.TENSORRT is wrong.
-            MissingDependencyError: TensorRT, torch2trt or the GPU is missing.
+            MissingDependencyError: TensorRT or the GPU is missing, and MODEL.TENSORRT.ON_ERROR is "raise".
         """
+        follow_detectron2()
         self._model = model
         self._cfg = cfg
         self.options = TensorRTOptions.from_cfg(cfg, size_divisibility=model.size_divisibility)
         self._cache = EngineCache.from_options(self.options.cache)
-        self._engines: dict[ShapeRange, Engine] = {}
-        self._lock = threading.Lock()
+        self._repairs: EngineCache | None = None
+        self._lock = threading.RLock()
+        # Read without the lock, so that no image waits for another range's build; changed under it.
+        self._loaded: dict[_Where, _Loaded] = {}
+        self._failures: dict[_Where, D2TRTError] = {}
+        self._clock = itertools.count()
         self._weights: str | None = None
-        self._warned: set[str] = set()
-        self._failed = False
-        model.register_load_state_dict_post_hook(self._weights_changed)
+        self._stale = False
+        self._unavailable: D2TRTError | None = None
+        self._count_lock = threading.Lock()
+        self._images_run: Counter[str] = Counter()
+        self._reasons: dict[Any, str] = {}
+        notice = _notice_for(self)
+        for module in model.modules():  # the hooks of a part run when that part alone is loaded
+            module.register_load_state_dict_post_hook(notice)
         try:
             self._require()
         except MissingDependencyError as error:
-            self._fall_back(error)
+            if self.options.on_error != "torch":
+                raise
+            self._unavailable = error
+            self._say_fallback(error)
 
     def prepare(self) -> None:
-        """Build or load the engine of the configured range, so that the first image does not wait for it."""
-        if self._failed or self.options.static:
-            return  # a static engine is of a size that only the image tells
-        self._engine(self.options.shapes, None)
+        """Build or load the engine of the configured range, so that the first image does not wait for it.
+
+        With STATIC there is nothing to do before an image tells its size, unless SHAPES has only one.
+        """
+        if self._unavailable is None and (not self.options.static or self.options.shapes.is_static):
+            self._engine(self.options.shapes, None)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        batch, _, height, width = images.shape
-        if self._failed:
-            return self._model.core(images)
-        try:
-            shapes = self.options.engine_range(batch, height, width)
-        except EngineShapeError as error:
-            if self.options.on_out_of_range == "raise":
-                raise
-            self._warn(f"{error} PyTorch runs such images (MODEL.TENSORRT.ON_OUT_OF_RANGE torch).")
-            return self._model.core(images)
-        engine = self._engine(shapes, images)
+        """Run the network.
+
+        Args:
+            images: (B, 3, H, W) float32, padded, not normalised, on the model's device.
+
+        Returns:
+            pred_logits (B, Q, K + 1) and pred_masks (B, Q, H/4, W/4), float32.
+
+        Raises:
+            EngineShapeError: the images are outside the range, and ON_OUT_OF_RANGE is "raise".
+            D2TRTError: there is no engine, and ON_ERROR is "raise".
+        """
+        engine = None
+        if self._unavailable is None:
+            batch, _, height, width = images.shape
+            try:
+                shapes = self.options.engine_range(batch, height, width)
+            except EngineShapeError as error:
+                if self.options.on_out_of_range == "raise":
+                    raise
+                self._say_once(
+                    "range", f"{error} PyTorch runs such images (MODEL.TENSORRT.ON_OUT_OF_RANGE torch)."
+                )
+            else:
+                engine = self._engine(shapes, images)
+        with self._count_lock:
+            self._images_run["torch" if engine is None else "tensorrt"] += len(images)
         return self._model.core(images) if engine is None else engine(images)
 
-    def _engine(self, shapes: ShapeRange, images: Tensor | None) -> Engine | None:
+    def weights_changed(self) -> None:
+        """Tell the backend that the model's weights may be others now; the next call looks."""
+        self._stale = True
+
+    def entry(self, shapes: ShapeRange, images: Tensor | None = None) -> CacheEntry:
+        """The cache entry of the engine for a range: its path, bytes and sidecar. Built, checked and kept where missing.
+
+        Args:
+            shapes: padded sizes that the engine is to serve.
+            images: (B, 3, H, W) float32 to trace and check with; None takes scenes that the project draws.
+
+        Raises:
+            D2TRTError: see D2TRTError's kinds; ON_ERROR is not asked.
+        """
+        if self._unavailable is not None:
+            raise self._unavailable
         with self._lock:
-            if shapes not in self._engines:
-                try:
-                    self._engines[shapes] = self._load(shapes, images)
-                except D2TRTError as error:
-                    self._fall_back(error)
-                    return None
-            return self._engines[shapes]
+            self._refresh()
+            return self._get_entry(shapes, images, self._cache)[0]
+
+    def describe(self) -> dict[str, Any]:
+        """What has run the network so far, JSON-serialisable.
+
+        Returns:
+            "backend" ("tensorrt", or "torch (fallback: why)"), "precision", "engines" (key, path, range, times, parity),
+            "images" (how many each of the two ran), and "reasons" for PyTorch running any.
+        """
+        with self._lock:
+            failure = self._unavailable or next(iter(self._failures.values()), None)
+            name = "tensorrt"
+            if failure is not None and not self._loaded:
+                name = f"torch (fallback: {_first_line(failure)})"
+            return {
+                "backend": name,
+                "precision": self.options.precision,
+                "engines": [loaded.about for loaded in self._loaded.values()],
+                "images": {runner: self._images_run[runner] for runner in ("tensorrt", "torch")},
+                "reasons": list(self._reasons.values()),
+            }
+
+    # Which engine
+
+    def _engine(self, shapes: ShapeRange, images: Tensor | None) -> Engine | None:
+        """The engine of a range, loaded or built; None where PyTorch is to run instead."""
+        where = (shapes, self._model.device)
+        loaded = None if self._stale else self._loaded.get(where)
+        if loaded is None:
+            with self._lock:
+                loaded = self._find_or_load(where, images)
+            if loaded is None:
+                return None
+        loaded.used = next(self._clock)
+        return loaded.engine
+
+    def _find_or_load(self, where: _Where, images: Tensor | None) -> _Loaded | None:
+        self._refresh()
+        if where in self._loaded:
+            return self._loaded[where]
+        if where not in self._failures:
+            try:
+                loaded = self._load(where[0], images)
+            except D2TRTError as error:
+                # Kept, since minutes of building would end the same way; without its traceback, which holds tensors.
+                self._failures[where] = type(error)(*error.args)
+                if self.options.on_error != "torch":
+                    raise
+            else:
+                while len(self._loaded) >= MAX_LOADED:
+                    self._unload(min(self._loaded, key=lambda w: self._loaded[w].used))
+                self._loaded[where] = loaded
+                return loaded
+        error = self._failures[where]
+        if self.options.on_error != "torch":
+            raise type(error)(*error.args)
+        self._say_fallback(error)
+        return None
+
+    def _unload(self, where: _Where) -> None:
+        torch.cuda.synchronize(where[1])  # the engine may be at work
+        del self._loaded[where]
+
+    def _refresh(self) -> None:
+        """Digest the weights where they may have changed; engines of others go. Under the lock."""
+        if self._weights is not None and not self._stale:
+            return
+        self._stale = False  # before reading: what is loaded meanwhile makes it stale again
+        weights = cache_key.weights_digest(self._model)
+        if weights != self._weights:
+            for where in list(self._loaded):
+                self._unload(where)
+            self._failures.clear()
+            self._weights = weights
 
     def _require(self) -> None:
         if self._model.device.type != "cuda":
@@ -91,25 +231,120 @@ class TensorRTBackend:
             )
         compat.tensorrt()
 
-    def _fall_back(self, error: D2TRTError) -> None:
-        if self.options.on_error != "torch":
-            raise error
-        self._failed = True
-        self._warn(f"PyTorch runs the network (MODEL.TENSORRT.ON_ERROR torch): {error}")
+    def _say_fallback(self, error: D2TRTError) -> None:
+        self._say_once(error, f"PyTorch runs the network (MODEL.TENSORRT.ON_ERROR torch): {error}")
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            logger.warning(message)
+    def _say_once(self, about: Any, message: str) -> None:
+        """Warn, and keep for describe(), unless something was said about this before."""
+        with self._count_lock:
+            if about in self._reasons:
+                return
+            self._reasons[about] = message
+        logger.warning(message)
 
-    def _weights_changed(self, module, incompatible_keys) -> None:
-        with self._lock:
-            self._engines.clear()
-            self._weights = None
+    # Loading and building
+
+    def _load(self, shapes: ShapeRange, images: Tensor | None) -> _Loaded:
+        """An engine in memory, from the cache or built. What the cache has and TensorRT refuses is built again."""
+        started = time.perf_counter()
+        entry, engine = self._get_entry(shapes, images, self._cache)
+        device = self._model.device
+        if engine is None:
+            try:
+                engine = Engine(entry.data, device)
+            except BuildError as error:
+                if self._cache.mode == "require":
+                    raise
+                logger.warning("The cached engine %s is built again: %s", entry.path, error)
+                entry, engine = self._get_entry(shapes, images, self._rebuilding())
+                engine = engine or Engine(entry.data, device)
+        seconds = time.perf_counter() - started
+        engine_info = entry.sidecar["engine"]
+        logger.info(
+            "TensorRT engine ready in %.1f s: %s, %s, %.1f MiB",
+            seconds,
+            self.options.precision,
+            shapes.describe(),
+            engine_info["size"] / 2**20,
+        )
+        about = {
+            "key": entry.key,
+            "path": None if entry.path is None else str(entry.path),
+            "shapes": shapes.to_json(),
+            "built": entry.built,
+            "ready_seconds": round(seconds, 3),
+            "build_seconds": entry.sidecar["built_by"]["seconds"],
+            "mib": round(engine_info["size"] / 2**20, 3),
+            "parity": entry.parity,
+        }
+        return _Loaded(engine, about, next(self._clock))
+
+    def _rebuilding(self) -> EngineCache:
+        """A cache that builds once more what it is asked for, where the configured one may be written to."""
+        if self._repairs is None:
+            mode = "rebuild" if self.options.cache.writable else "off"
+            self._repairs = EngineCache(self._cache.directory, mode, self._cache.max_bytes)
+        return self._repairs
+
+    def _get_entry(
+        self, shapes: ShapeRange, images: Tensor | None, cache: EngineCache
+    ) -> tuple[CacheEntry, Engine | None]:
+        """A range's entry; with it the engine, where it was built and checked just now. Under the lock."""
+        spec = self._spec(shapes)
+        identity = self._identity()
+        made: list[Engine] = []
+
+        def build() -> BuiltEngine:
+            made.clear()
+            built, engine = self._build(shapes, spec, identity, images)
+            made.append(engine)
+            return built
+
+        with _on(self._model.device), builder.eval_mode(self._model):
+            entry = cache.get_or_build(self._ingredients(shapes, spec, identity), build)
+        return entry, made[0] if made and entry.built else None
+
+    def _build(
+        self, shapes: ShapeRange, spec: builder.BuildSpec, identity: dict[str, Any], images: Tensor | None
+    ) -> tuple[BuiltEngine, Engine]:
+        options = self.options
+        logger.info("Building the TensorRT engine for %s; this takes minutes, once", shapes.describe())
+        timing = TimingCache(
+            self._cache.directory, **identity, writable=options.timing_cache and options.cache.writable
+        )
+        use_timings = options.timing_cache and options.cache.mode != "off"
+        samples = SampleImages(self._model.device, images)
+        try:
+            # What the caller computes in is not what the network is traced in.
+            autocast = torch.autocast(self._model.device.type, enabled=False)
+            with torch.inference_mode(False), torch.no_grad(), autocast:
+                plan, report, timings = builder.build_engine(
+                    self._model, spec, samples.take(shapes.opt), timing.load() if use_timings else b""
+                )
+                timing.merge(timings, builder.combine_timing_caches)
+                engine = Engine(plan, self._model.device)
+                numbers = {}
+                if options.verify.enabled:
+                    step = max(self._model.size_divisibility, 1)
+                    batches = verified_batches(shapes, step, options.verify.sizes, options.verify.images)
+                    numbers = parity.verify(
+                        engine, self._model.core, map(samples.take, batches), options.verify
+                    )
+        except torch.cuda.OutOfMemoryError as error:
+            raise BuildError(
+                f"the GPU's memory does not suffice to build and check the engine ({_first_line(error)}). Lower "
+                "MODEL.TENSORRT.MAX_BATCH_SIZE, the range in MODEL.TENSORRT.SHAPES or MODEL.TENSORRT.WORKSPACE, or free "
+                "memory of the GPU."
+            ) from error
+        return BuiltEngine(plan, report=dataclasses.asdict(report), parity=numbers), engine
 
     def _spec(self, shapes: ShapeRange) -> builder.BuildSpec:
         options = self.options
-        msda = {"auto": "stock", "plugin": "stock"}.get(options.msda, options.msda)
+        if options.precision == "bf16" and not compat.strongly_typed():
+            raise MissingDependencyError(
+                "MODEL.TENSORRT.PRECISION is 'bf16', which needs TensorRT 10 or newer; this is "
+                f"{compat.tensorrt().__version__}. Set it to fp16, tf32 or fp32."
+            )
         if options.msda == "plugin":
             raise MissingDependencyError(
                 "MODEL.TENSORRT.MSDA is 'plugin', but this version has no plugin of its own yet. Set it to auto, stock or "
@@ -121,26 +356,32 @@ class TensorRTBackend:
             max_shape=shapes.max,
             precision=options.precision,
             fp32_modules=options.resolve_fp32_modules(builder.DEFAULT_FP32_MODULES),
-            msda=msda,
+            msda="stock" if options.msda == "auto" else options.msda,
             workspace_bytes=options.workspace_bytes,
             opt_level=options.opt_level,
         )
 
-    def _load(self, shapes: ShapeRange, images: Tensor | None) -> Engine:
-        """The engine of a range, from the cache or built, on the model's device."""
+    def _identity(self) -> dict[str, Any]:
+        """The TensorRT and the GPU that engines are for."""
+        device = self._model.device
+        return {
+            "tensorrt": compat.tensorrt().__version__,
+            "gpu": torch.cuda.get_device_name(device),
+            "compute_capability": torch.cuda.get_device_capability(device),
+        }
+
+    def _ingredients(
+        self, shapes: ShapeRange, spec: builder.BuildSpec, identity: dict[str, Any]
+    ) -> dict[str, Any]:
         import detectron2
 
-        model, trt = self._model, compat.tensorrt()
-        device = model.device
-        gpu = torch.cuda.get_device_name(device)
-        capability = torch.cuda.get_device_capability(device)
-        spec = self._spec(shapes)
-        if self._weights is None:
-            self._weights = cache_key.weights_digest(model)
         here = Path(__file__).parent
-        ingredients = cache_key.key_ingredients(
+        config = cache_key.graph_config(self._cfg)
+        if config["META_ARCHITECTURE"] == "TensorRTMaskFormer":
+            config["META_ARCHITECTURE"] = "MaskFormer"  # the same network
+        return cache_key.key_ingredients(
             weights=self._weights,
-            config=cache_key.graph_config(self._cfg),
+            config=config,
             options=self.options.graph_key(builder.DEFAULT_FP32_MODULES),
             shapes=shapes,
             versions={
@@ -150,59 +391,25 @@ class TensorRTBackend:
                 "torch": torch.__version__,
             },
             plugin=spec.msda,
-            tensorrt=trt.__version__,
-            gpu=gpu,
-            compute_capability=capability,
+            **identity,
         )
-        timing = TimingCache(
-            self._cache.directory,
-            tensorrt=trt.__version__,
-            gpu=gpu,
-            compute_capability=capability,
-            writable=self.options.timing_cache and self.options.cache.writable,
-        )
-        use_timings = self.options.timing_cache and self.options.cache.mode != "off"
 
-        def build() -> BuiltEngine:
-            logger.info("Building the TensorRT engine for %s; this takes minutes, once", shapes.describe())
-            started = timing.load() if use_timings else b""
-            plan, report, timings = builder.build_engine(
-                model, spec, self._images(shapes.opt, images), started
-            )
-            timing.merge(timings, builder.combine_timing_caches)
-            numbers = {}
-            if self.options.verify.enabled:
-                batches = [self._images(shape, images) for shape in self._verified_shapes(shapes)]
-                numbers = parity.verify(Engine(plan, device), model.core, batches, self.options.verify)
-            return BuiltEngine(plan, report=dataclasses.asdict(report), parity=numbers)
 
-        with torch.cuda.device(device), builder.eval_mode(model):
-            entry = self._cache.get_or_build(ingredients, build)
-            return Engine(bytes(entry.data), device)
+def _notice_for(backend: TensorRTBackend):
+    """A load_state_dict hook. It does not keep alive a backend, with its engines, that the model has no more."""
+    reference = weakref.ref(backend)
 
-    def _verified_shapes(self, shapes: ShapeRange) -> list[tuple[int, int, int]]:
-        """Shapes of the range to compare at: the optimal one, the ends, and between them."""
-        step = max(self._model.size_divisibility, 1)
-        found = [shapes.opt]
-        count = self.options.verify.sizes
-        for i in range(count - 1):
-            share = i / max(count - 2, 1)
-            size = [lo + share * (hi - lo) for lo, hi in zip(shapes.min[1:], shapes.max[1:])]
-            height, width = (round(s / step) * step for s in size)
-            # No larger than the optimal area: PyTorch in float32 must fit beside the engine.
-            batch = shapes.max[0] if i == 0 else 1
-            found.append((max(batch, shapes.min[0]), height, width))
-        return list(dict.fromkeys(found))
+    def notice(module, incompatible_keys) -> None:
+        backend = reference()
+        if backend is not None:
+            backend.weights_changed()
 
-    def _images(self, shape: tuple[int, int, int], images: Tensor | None) -> Tensor:
-        """Real content at a shape: what was asked for, or scenes that the project draws, resized."""
-        batch, height, width = shape
-        if images is None:
-            from mask2former.data.datasets.shapes_scene import draw_scene
+    return notice
 
-            scenes = [torch.from_numpy(draw_scene(i, 480, 640).image.copy()) for i in range(batch)]
-            images = torch.stack(scenes).permute(0, 3, 1, 2).float().to(self._model.device)
-        picked = images[torch.arange(batch, device=images.device) % len(images)]
-        if tuple(picked.shape[2:]) == (height, width):
-            return picked.float().contiguous()
-        return F.interpolate(picked.float(), size=(height, width), mode="bilinear", align_corners=False)
+
+def _on(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

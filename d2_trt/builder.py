@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import gc
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from . import compat
+from . import compat, progress
+from .build_report import BuildReport
 from .converters import Graph, Guard, converter_table
-from .errors import BuildError
+from .errors import BuildError, MissingDependencyError
 
 logger = logging.getLogger(__name__)
 
@@ -64,19 +66,12 @@ class BuildSpec:
         return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision, torch.float32)
 
 
-@dataclass
-class BuildReport:
-    """What was built, and in what time."""
+def trt_logger(hear: Callable[[str], None] | None = None):
+    """TensorRT's messages in Python's logging, under d2_trt.tensorrt.
 
-    engine_bytes: int = 0
-    trace_seconds: float = 0.0
-    build_seconds: float = 0.0
-    layers: dict[str, int] = field(default_factory=dict)
-    precisions: dict[str, int] = field(default_factory=dict)
-
-
-def trt_logger():
-    """TensorRT's messages in Python's logging, under d2_trt.tensorrt."""
+    Args:
+        hear: called with every message of every level.
+    """
     trt = compat.tensorrt()
     severity = trt.ILogger.Severity if hasattr(trt.ILogger, "Severity") else trt.Logger.Severity
     levels = {
@@ -92,10 +87,15 @@ def trt_logger():
         def __init__(self):
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.warnings: deque[str] = deque(maxlen=100)
 
         def log(self, level, message):
             if level in (severity.INTERNAL_ERROR, severity.ERROR):
                 self.errors.append(message)
+            elif level == severity.WARNING:
+                self.warnings.append(message)
+            if hear is not None:
+                hear(message)
             target.log(levels[level], message)
 
     return Bridge()
@@ -149,23 +149,22 @@ def trace(network, config, core: Core, images: torch.Tensor, spec: BuildSpec) ->
         largest_size=max(spec.max_shape[1:]),
         msda=spec.msda,
     )
-    context = t2t.ConversionContext(
-        network, converters=converter_table(graph), torch2trt_kwargs=kwargs, builder_config=config
-    )
+    table = converter_table(graph)
+    context = t2t.ConversionContext(network, converters=table, torch2trt_kwargs=kwargs, builder_config=config)
     context_box.append(context)
     graph.network = context.network  # names every layer after its module
     batch, height, width = (a if a == b else -1 for a, b in zip(spec.min_shape, spec.max_shape))
     images = images.detach().clone()
-    with context, compat.unwrapped_shapes(), torch.no_grad():
-        images._trt = network.add_input(INPUT, trt.float32, (batch, 3, height, width))
-        with Guard(context, graph, spec.dynamic):
-            outputs = core(images)
-        for name, output in zip(OUTPUTS, outputs):
-            result = network.add_identity(graph.cast(output._trt, torch.float32)).get_output(0)
-            if not graph.strong:
-                result.dtype = trt.float32
-            result.name = name
-            network.mark_output(result)
+    images._trt = network.add_input(INPUT, trt.float32, (batch, 3, height, width))
+    with compat.converting(context, table), torch.no_grad(), Guard(context, graph, spec.dynamic):
+        outputs = core(images)
+    graph.network = network  # torch2trt names layers of modules only
+    for name, output in zip(OUTPUTS, outputs):
+        result = network.add_identity(graph.cast(output._trt, torch.float32)).get_output(0)
+        if not graph.strong:
+            result.dtype = trt.float32
+        result.name = name
+        network.mark_output(result)
     return graph
 
 
@@ -177,56 +176,151 @@ def build_engine(
     Args:
         model: MaskFormer in evaluation mode, on a GPU.
         images: (B, 3, H, W) float32 of spec.opt_shape, to trace with.
-        timing_cache: what an earlier build returned.
+        timing_cache: what an earlier build returned. One that does not fit is ignored, with a warning.
 
     Returns:
         the serialized engine, a report, and the timing cache.
 
     Raises:
         ConversionError: see trace.
-        BuildError: TensorRT built nothing; it holds TensorRT's own messages.
+        MissingDependencyError: this TensorRT or this GPU lacks the precision.
+        BuildError: TensorRT built nothing, with its own messages; or memory ran out.
+        KeyboardInterrupt: on Ctrl-C; see progress.run.
     """
+    check_precision(spec, images.device)
+    current = torch.cuda.device(images.device) if images.is_cuda else contextlib.nullcontext()
+    try:
+        with current:
+            built = _build(model, spec, images, timing_cache or b"")
+    except torch.cuda.OutOfMemoryError as error:
+        raise BuildError(
+            f"the GPU's memory ran out while the model was traced ({str(error).splitlines()[0]})"
+            f"{_memory_hint(spec, images.device)}"
+        ) from error
+    # torch2trt's context and the converter table refer to each other, and hold a copy of all weights between them.
+    gc.collect()
+    return built
+
+
+def _build(
+    model: nn.Module, spec: BuildSpec, images: torch.Tensor, timings: bytes
+) -> tuple[bytes, BuildReport, bytes]:
     trt = compat.tensorrt()
-    log = trt_logger()
+    doing = progress.Progress()
+    log = trt_logger(doing.hear)
     builder = trt.Builder(log)
+    if spec.precision == "fp16" and not getattr(builder, "platform_has_fast_fp16", True):
+        logger.warning(
+            "MODEL.TENSORRT.PRECISION is 'fp16', in which this GPU is no faster than in float32: fp32 is as fast, and exact"
+        )
     network = builder.create_network(compat.network_flags())
     config = builder.create_builder_config()
     configure(config, spec)
-    cache = config.create_timing_cache(timing_cache or b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
     report = BuildReport()
+    cache = _use_timings(config, timings)
+    report.timing_cache_used = bool(timings) and cache is not None
+    if cache is None:
+        cache = _use_timings(config, b"")
+    timed = compat.timing_entries(cache)
+    log.errors.clear()  # of a timing cache that did not fit
 
     started = time.perf_counter()
-    core = Core(model)
     # Kept until the build is over: TensorRT reads the weights that it holds.
-    graph = trace(network, config, core, images, spec)
+    graph = trace(network, config, Core(model), images, spec)
     report.trace_seconds = time.perf_counter() - started
     profile = builder.create_optimization_profile()
     shapes = [(b, 3, h, w) for b, h, w in (spec.min_shape, spec.opt_shape, spec.max_shape)]
     profile.set_shape(INPUT, *shapes)
     config.add_optimization_profile(profile)
-    report.layers = dict(Counter(network.get_layer(i).type.name for i in range(network.num_layers)))
-    report.precisions = _precisions(network, graph)
-    logger.info("Traced %d layers in %.1f s; TensorRT builds now", network.num_layers, report.trace_seconds)
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    report.layers = dict(Counter(layer.type.name for layer in layers))
+    report.precisions = _precisions(layers, graph)
+    report.plugin_layers = [layer.name for layer in layers if layer.type.name.startswith("PLUGIN")]
+    logger.info("Traced %d layers in %.1f s; TensorRT builds now", len(layers), report.trace_seconds)
+
+    if images.is_cuda:
+        torch.cuda.empty_cache()  # what PyTorch keeps for itself, TensorRT cannot have
+    monitor = None
+    if compat.has_progress_monitor():
+        monitor = config.progress_monitor = progress.monitor(doing)
+
+    def build(held=(graph, log, monitor, profile, cache)):
+        return builder.build_serialized_network(network, config)
 
     started = time.perf_counter()
-    plan = builder.build_serialized_network(network, config)
+    plan = progress.run(build, doing, images.device)
     report.build_seconds = time.perf_counter() - started
     if plan is None:
-        raise BuildError(build_failure(log.errors, spec))
+        raise BuildError(build_failure(log.errors, spec, log.warnings, images.device))
     plan = bytes(plan)
     report.engine_bytes = len(plan)
-    logger.info("Built an engine of %.1f MiB in %.0f s", len(plan) / 2**20, report.build_seconds)
+    if timed is not None:
+        report.new_timings = compat.timing_entries(cache) - timed
+    report.inspect(plan, log)
+    for line in report.lines():
+        logger.info(line)
     return plan, report, bytes(cache.serialize())
 
 
+def check_precision(spec: BuildSpec, device: torch.device) -> None:
+    """See that TensorRT and the GPU have the precision, before minutes are spent.
+
+    Raises:
+        MissingDependencyError: they have not.
+    """
+    if spec.precision != "bf16":
+        return
+    if not compat.strongly_typed():
+        raise MissingDependencyError(
+            "MODEL.TENSORRT.PRECISION is 'bf16', which needs TensorRT 10 or newer; this is "
+            f"{compat.tensorrt().__version__}. Set it to fp16, tf32 or fp32."
+        )
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise MissingDependencyError(
+            "MODEL.TENSORRT.PRECISION is 'bf16', which needs a GPU of compute capability 8.0 or higher; "
+            f"{torch.cuda.get_device_name(device)} has {major}.{minor}. Set it to fp16 or fp32."
+        )
+
+
+def _use_timings(config, timings: bytes):
+    """The timing cache of a build, made from what an earlier one left; None, with a warning, where that does not fit."""
+    problem = "it is damaged, or of another TensorRT"
+    cache = None
+    try:
+        cache = config.create_timing_cache(timings)
+        if cache is not None:
+            if config.set_timing_cache(cache, ignore_mismatch=False):
+                return cache
+            problem = "it is of another GPU or another TensorRT"
+    except (RuntimeError, TypeError, ValueError) as error:
+        problem = str(error)
+    if not timings:
+        raise BuildError(f"TensorRT makes no empty timing cache: {problem}")
+    logger.warning("The timing cache is not used, so that this build takes longer: %s", problem)
+    return None
+
+
 def combine_timing_caches(old: bytes, new: bytes) -> bytes:
-    """Both timing caches in one, the newer timings winning."""
+    """Both timing caches in one, the newer timings winning.
+
+    Raises:
+        BuildError: they are not of one TensorRT and GPU, one is damaged, or this TensorRT cannot do it safely.
+    """
     trt = compat.tensorrt()
+    if not compat.timing_caches_combine():
+        raise BuildError(f"TensorRT {trt.__version__} may crash when it combines timing caches")
     config = trt.Builder(trt_logger()).create_builder_config()
-    cache = config.create_timing_cache(new)
-    cache.combine(config.create_timing_cache(old), ignore_mismatch=False)
-    return bytes(cache.serialize())
+    try:
+        caches = [config.create_timing_cache(timings) for timings in (new, old)]
+        combined = None not in caches and caches[0].combine(caches[1], ignore_mismatch=False)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise BuildError(f"the timing caches do not combine: {error}") from error
+    if not combined:
+        raise BuildError(
+            "the timing caches do not combine: they are damaged, or of different GPUs or TensorRTs"
+        )
+    return bytes(caches[0].serialize())
 
 
 def configure(config, spec: BuildSpec) -> None:
@@ -248,27 +342,60 @@ def configure(config, spec: BuildSpec) -> None:
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
 
 
-def _precisions(network, graph: Graph) -> dict[str, int]:
+def _precisions(layers: Iterable, graph: Graph) -> dict[str, int]:
     count: Counter = Counter()
-    for i in range(network.num_layers):
-        output = network.get_layer(i).get_output(0)
+    for layer in layers:
+        output = layer.get_output(0)
         if output is not None and graph.is_float(output):
-            layer = network.get_layer(i)
             kind = output.dtype if graph.strong or not layer.precision_is_set else layer.precision
             count[kind.name] += 1
     return dict(count)
 
 
-def build_failure(messages: Sequence[str], spec: BuildSpec) -> str:
-    """What to tell of a build that gave nothing."""
-    text = "\n  ".join(messages[-5:]) or "TensorRT gave no reason"
+def build_failure(
+    messages: Iterable[str],
+    spec: BuildSpec,
+    warnings: Iterable[str] = (),
+    device: torch.device | None = None,
+) -> str:
+    """What to tell of a build that gave nothing.
+
+    Args:
+        messages, warnings: TensorRT's, which name layers by their modules' paths.
+        device: the GPU, to tell what is free of it.
+    """
+    messages, warnings = list(messages), list(warnings)
+    about_memory = [w for w in warnings if _is_about_memory(w)]
+    text = "\n  ".join([*about_memory[-2:], *messages[-5:]]) or "TensorRT gave no reason"
     hint = ""
-    if any("memory" in m.lower() for m in messages):
-        hint = (
-            "\nLower MODEL.TENSORRT.WORKSPACE, MODEL.TENSORRT.MAX_BATCH_SIZE or the range in MODEL.TENSORRT.SHAPES, or "
-            "free memory of the GPU."
-        )
+    if about_memory or any(map(_is_about_memory, messages)):
+        hint = _memory_hint(spec, device)
     return f"TensorRT built no engine for {spec}:\n  {text}{hint}"
+
+
+def _is_about_memory(message: str) -> bool:
+    message = message.lower()
+    words = ("out of memory", "outofmemory", "insufficient memory", "gpu memory", "workspace", "cudamalloc")
+    return any(word in message for word in words)
+
+
+def _memory_hint(spec: BuildSpec, device: torch.device | None) -> str:
+    """Which keys to change where memory ran out. Their present values are those of the spec."""
+    batch, height, width = spec.max_shape
+    free = ""
+    if device is not None and device.type == "cuda":
+        available, total = torch.cuda.mem_get_info(device)
+        free = f", of which {available / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
+    limit = ""
+    if spec.workspace_bytes:
+        limit = (
+            f" Where it is TensorRT's scratch memory that does not suffice, raise MODEL.TENSORRT.WORKSPACE (now "
+            f"{spec.workspace_bytes / 2**30:g} GiB) or set it to 0.0, which is no limit."
+        )
+    return (
+        f"\nLower MODEL.TENSORRT.MAX_BATCH_SIZE (now {batch}), the largest size in MODEL.TENSORRT.SHAPES (now "
+        f"{height}x{width}) or MODEL.TENSORRT.WORKSPACE, or free memory of the GPU{free}.{limit}"
+    )
 
 
 @contextlib.contextmanager

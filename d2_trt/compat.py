@@ -5,9 +5,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import threading
 import types
+from collections.abc import Iterable, Mapping
+
+import torch
 
 from .errors import MissingDependencyError
+
+# Of int8 calibration. TensorRT 11 has them no more; torch2trt reads them when it is imported.
+_GONE = ("CalibrationAlgoType", "IInt8Calibrator")
+_importing = threading.Lock()
+_ABSENT = object()
 
 
 @functools.cache
@@ -19,7 +28,7 @@ def tensorrt() -> types.ModuleType:
     """
     try:
         return importlib.import_module("tensorrt")
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: the bindings are there, their libraries are not
         raise MissingDependencyError(
             f"MODEL.BACKEND 'tensorrt' needs NVIDIA TensorRT 8.6 or newer, which cannot be imported ({error}). "
             "Install it with `pip install tensorrt`, or set MODEL.BACKEND torch."
@@ -33,14 +42,30 @@ def torch2trt() -> types.ModuleType:
     Raises:
         MissingDependencyError: torch2trt is not installed, or does not import beside this TensorRT.
     """
-    tensorrt()
+    trt = tensorrt()
     try:
-        return importlib.import_module("torch2trt.torch2trt")
-    except ImportError as error:
+        with _importing, _with_gone_names(trt):
+            return importlib.import_module("torch2trt.torch2trt")
+    except Exception as error:  # it also fails on names that a TensorRT or a PyTorch lacks
         raise MissingDependencyError(
-            f"building an engine needs torch2trt, which cannot be imported ({error}). Install it with "
+            f"building an engine needs torch2trt, which cannot be imported beside TensorRT {trt.__version__} "
+            f"({type(error).__name__}: {error}). Install it with "
             "`pip install git+https://github.com/NVIDIA-AI-IOT/torch2trt`, or set MODEL.BACKEND torch."
         ) from error
+
+
+@contextlib.contextmanager
+def _with_gone_names(trt: types.ModuleType):
+    """The names of _GONE in the module, where it lacks them, as classes without content."""
+    missing = [name for name in _GONE if not hasattr(trt, name)]
+    algorithms = dict.fromkeys(("ENTROPY_CALIBRATION", "ENTROPY_CALIBRATION_2"))
+    for name in missing:
+        setattr(trt, name, type(name, (), dict(algorithms)))
+    try:
+        yield
+    finally:
+        for name in missing:
+            delattr(trt, name)
 
 
 @functools.cache
@@ -65,6 +90,11 @@ def network_flags() -> int:
     return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
 
 
+def timing_caches_combine() -> bool:
+    """Whether ITimingCache.combine is safe: 8.6.0 was seen to crash the process over caches of full-size models."""
+    return version() >= (10, 0)
+
+
 def shape_dtype():
     """Type of shape tensors: int32 in 8.6, int64 later."""
     trt = tensorrt()
@@ -85,8 +115,62 @@ def plugin_creator(name: str, plugin_version: str = "1"):
     return registry.get_creator(name, plugin_version)
 
 
+def has_progress_monitor() -> bool:
+    """Whether a build tells of its phases and can be ended by who listens (TensorRT 10 and newer)."""
+    return hasattr(tensorrt(), "IProgressMonitor")
+
+
+def timing_entries(cache) -> int | None:
+    """How many timings an ITimingCache holds; None where TensorRT does not tell (before 10.13)."""
+    return len(cache.queryKeys()) if hasattr(cache, "queryKeys") else None
+
+
+def device_memory(engine) -> int:
+    """Bytes of GPU memory that an execution context of an ICudaEngine takes."""
+    if hasattr(engine, "device_memory_size_v2"):
+        return int(engine.device_memory_size_v2)
+    return int(engine.device_memory_size)
+
+
 @contextlib.contextmanager
-def unwrapped_shapes():
-    """torch2trt's own wrapping of sizes off: our converters read sizes in the network themselves."""
-    with torch2trt().use_shape_wrapping(False):
+def converting(conversion, table: Mapping[str, Mapping]):
+    """A conversion at work: inside, the functions of a converter table are replaced by those that convert.
+
+    Everything that it replaces is afterwards what it was before, also where it fails on its way in. torch2trt's own
+    wrapping of sizes is off: PyTorch reads sizes in its own code, and for each of them it would add layers, with
+    constants whose memory is freed before TensorRT reads it. Our converters read sizes in the network themselves.
+
+    Args:
+        conversion: the ConversionContext, not entered yet.
+        table: what the context was made with.
+    """
+    sizes = [(torch.Tensor, name) for name in ("size", "__getattribute__")]
+    plain = [getattr(owner, name) for owner, name in sizes]
+    with _put_back([*sizes, *map(_place, table.values())]):
+        try:
+            conversion.__enter__()
+            for (owner, name), function in zip(sizes, plain):
+                setattr(owner, name, function)
+            yield
+        finally:
+            conversion.__exit__(None, None, None)
+
+
+def _place(entry: Mapping) -> tuple[object, str]:
+    """Where a function of a converter table is found: a module or class, and a name in it."""
+    *path, last = entry["qual_name"].split(".")
+    return functools.reduce(getattr, path, entry["module"]), last
+
+
+@contextlib.contextmanager
+def _put_back(places: Iterable[tuple[object, str]]):
+    """Attributes as they were, afterwards. What was inherited is not left as an attribute of the class itself."""
+    before = [(owner, name, vars(owner).get(name, _ABSENT)) for owner, name in places]
+    try:
         yield
+    finally:
+        for owner, name, value in before:
+            if value is not _ABSENT:
+                setattr(owner, name, value)
+            elif name in vars(owner):
+                delattr(owner, name)

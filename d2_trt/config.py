@@ -23,8 +23,8 @@ _DEFAULTS = {
             # at, largest. One string: that size alone. []: derived from INPUT.MIN_SIZE_TEST, INPUT.MAX_SIZE_TEST
             # and MODEL.MASK_FORMER.SIZE_DIVISIBILITY (d2_trt.options.derive_sizes).
             "SHAPES": [],
-            # Batches of 1 to MAX_BATCH_SIZE images; memory grows with it.
-            "MAX_BATCH_SIZE": 1,
+            # Batches of 1 to MAX_BATCH_SIZE images; memory grows with it. 0: TEST.BATCH_SIZE.
+            "MAX_BATCH_SIZE": 0,
             # The batch size to be fastest at. 0: MAX_BATCH_SIZE.
             "OPT_BATCH_SIZE": 0,
             # One engine for every batch and padded size, built when it first comes, instead of one for the whole

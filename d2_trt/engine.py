@@ -41,6 +41,11 @@ class Engine:
         names = {trt.float32: torch.float32, trt.float16: torch.float16}
         self._dtypes = [names[self._engine.get_tensor_dtype(name)] for name in OUTPUTS]
 
+    def __del__(self):
+        last = getattr(self, "_last", None)
+        if last is not None:
+            last.synchronize()  # the last caller may let go of the engine while the GPU still runs it
+
     def accepts(self, shape: tuple[int, ...]) -> bool:
         """Whether images of shape (B, 3, H, W) lie in the engine's range."""
         return len(shape) == 4 and all(a <= s <= b for a, s, b in zip(self.min_shape, shape, self.max_shape))

@@ -1,7 +1,9 @@
 """Everything that d2_trt raises on purpose."""
 
+from mask2former.backend import BackendError
 
-class D2TRTError(RuntimeError):
+
+class D2TRTError(BackendError):
     """Base class of d2_trt's errors."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,14 +16,27 @@ from .options import VerifyOptions
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """TF32 and autocast off, for a reference that is float32."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    """TF32 and autocast off, for a reference that is float32; both as they were afterwards."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches: list[tuple[Any, str, Any]] = [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+    medium = False
     try:
-        with torch.autocast("cuda", enabled=False), torch.no_grad():
+        before = [getattr(owner, name) for owner, name, _ in switches]
+        medium = torch.get_float32_matmul_precision() == "medium"
+    except RuntimeError:
+        # The application uses PyTorch's newer switches, beside which the older ones cannot be read.
+        switches = [(owner, "fp32_precision", "ieee") for owner in (matmul, cudnn.conv, cudnn.rnn)]
+        before = [getattr(owner, name) for owner, name, _ in switches]
+    try:
+        for owner, name, exact in switches:
+            setattr(owner, name, exact)
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False), torch.no_grad():
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        for (owner, name, _), value in zip(switches, before):
+            setattr(owner, name, value)
+        if medium:  # which allow_tf32 cannot say
+            torch.set_float32_matmul_precision("medium")
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -69,9 +83,13 @@ def verify(
     """
     rows, failures = [], []
     for images in batches:
-        with exact_float32():
-            numbers = compare(engine(images), reference(images))
         size = "x".join(map(str, images.shape))
+        with exact_float32():
+            actual, expected = engine(images), reference(images)
+        if wrong := _shapes_that_differ(actual, expected):
+            failures += [f"at {size}: {text}" for text in wrong]
+            continue
+        numbers = compare(actual, expected)
         rows.append({"images": size, **numbers})
         failures += [f"at {size}: {text}" for text in _below(numbers, options)]
     if failures:
@@ -84,6 +102,14 @@ def verify(
     return {"sizes": rows}
 
 
+def _shapes_that_differ(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> list[str]:
+    return [
+        f"{name}: shape is {tuple(a.shape)}, must be {tuple(e.shape)}"
+        for name, a, e in zip(("pred_logits", "pred_masks"), actual, expected)
+        if a.shape != e.shape
+    ]
+
+
 def _below(numbers: dict[str, float], options: VerifyOptions) -> list[str]:
     tensor = {"logit": "pred_logits", "mask": "pred_masks", "sign": "pred_masks", "class": "pred_logits"}
     out = []
@@ -91,10 +117,13 @@ def _below(numbers: dict[str, float], options: VerifyOptions) -> list[str]:
         kind, measure = name.split("_")
         prefix = "max" if measure == "error" else "min"
         limit = getattr(options, f"{prefix}_{name}")
-        if limit is None and value == value:
-            continue
-        good = limit is not None and (value <= limit if measure == "error" else value >= limit)
-        if not good:  # NaN is never good
+        if not math.isfinite(value):
+            good = False  # one NaN or infinity, whatever is checked
+        elif limit is None:
+            good = True
+        else:
+            good = value <= limit if measure == "error" else value >= limit
+        if not good:
             key = f"MODEL.TENSORRT.VERIFY.{prefix.upper()}_{name.upper()}"
             bound = (
                 "a number" if limit is None else f"{'at most' if prefix == 'max' else 'at least'} {limit:g}"

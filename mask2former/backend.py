@@ -10,14 +10,21 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .maskformer_model import MaskFormer
 
+
+class BackendError(RuntimeError):
+    """A backend cannot do what the config asks; the message says what to change."""
+
+
 BACKEND_REGISTRY = Registry("BACKEND")
 BACKEND_REGISTRY.__doc__ = """
 Backends by the name that MODEL.BACKEND gives. An entry is called as `entry(model, cfg)`; what it returns has
 
     __call__(images: (B, 3, H, W) float32) -> (pred_logits (B, Q, K + 1), pred_masks (B, Q, H/4, W/4))
 
-with images padded but not normalised, on the model's device, and `prepare()`, which does ahead of time whatever the first
-call would have to do.
+with images padded but not normalised, on the model's device; `prepare()`, which does ahead of time whatever the first call
+would have to do; and `describe()`, a JSON-serialisable dict of what has run the network so far, under "backend" in a word or
+two. An entry with an attribute `check` has it called as `check(cfg)` before a model is built; it raises BackendError or
+ValueError where the config asks for what cannot be.
 """
 
 # What makes a name known that is not registered yet.
@@ -27,9 +34,17 @@ _INSTALL_HINTS = {
 }
 
 
-def check_backend(name: str) -> None:
-    """Raise KeyError, with what is registered and how to get the rest, where MODEL.BACKEND names no backend."""
+def check_backend(name: str, cfg=None) -> None:
+    """Check MODEL.BACKEND, and where there is a config the keys that the backend reads from it.
+
+    Raises:
+        KeyError: it names no backend; says what is registered and how to get the rest.
+        BackendError, ValueError: the backend refuses the config.
+    """
     if name in BACKEND_REGISTRY:
+        check = getattr(BACKEND_REGISTRY.get(name), "check", None)
+        if cfg is not None and check is not None:
+            check(cfg)
         return
     known = ", ".join(repr(n) for n, _ in BACKEND_REGISTRY)
     hints = [_INSTALL_HINTS[name]] if name in _INSTALL_HINTS else list(_INSTALL_HINTS.values())
@@ -56,6 +71,9 @@ class TorchBackend:
 
     def prepare(self) -> None:
         """Nothing is left to do."""
+
+    def describe(self) -> dict:
+        return {"backend": "torch"}
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self._model.core(images)

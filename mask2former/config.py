@@ -3,7 +3,7 @@
 import copy
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
@@ -144,8 +144,13 @@ def add_missing(node: CfgNode, defaults: Mapping, prefix: str = "") -> None:
         add_missing(node[key], value, prefix=f"{prefix}{key}.")
 
 
+# Called by get_mask2former_cfg: functions that add a plugin's keys to a config, in place. A plugin appends its own when
+# it is imported, so that the tools know its keys as they know its backend.
+EXTENSIONS: list[Callable[[CfgNode], None]] = []
+
+
 def get_mask2former_cfg(config_file: str | os.PathLike | None = None, opts: Sequence = ()) -> CfgNode:
-    """detectron2's defaults plus the DeepLab and Mask2Former keys, then a file, then overrides.
+    """detectron2's defaults plus the DeepLab, Mask2Former and imported plugins' keys, then a file, then overrides.
 
     Args:
         config_file: YAML of this project or of the official release; None for the defaults alone.
@@ -164,6 +169,8 @@ def get_mask2former_cfg(config_file: str | os.PathLike | None = None, opts: Sequ
     cfg = get_cfg()
     add_deeplab_config(cfg)
     add_maskformer2_config(cfg)
+    for add_keys in EXTENSIONS:
+        add_keys(cfg)
     if config_file is not None:
         config_file = os.fspath(config_file)
         if not PathManager.isfile(config_file):

@@ -45,7 +45,7 @@ class MaskFormer(nn.Module):
             backend_cfg: the config that the backend reads its own keys from.
         """
         super().__init__()
-        check_backend(backend)
+        check_backend(backend, backend_cfg)
         self.backbone = backbone
         self.sem_seg_head = sem_seg_head
         self.criterion = criterion

@@ -4,7 +4,7 @@
     python tools/demo.py --draw 4                        # the project's own drawings; needs no data
     python tools/demo.py photo.jpg folder/ 'more/**/*.png' --weights model_final.pkl --output results/
     python tools/demo.py clip.mp4 --weights model_final.pkl --output clip_segmented.mp4
-    python tools/demo.py --camera 0 --window --weights model_final.pkl --opts MODEL.BACKEND torch
+    python tools/demo.py --camera 0 --window --weights model_final.pkl --opts MODEL.BACKEND tensorrt
 
 Prints what each image holds and how long each stage took, and the medians at the end. Results of earlier runs
 are replaced, inputs never. An image that cannot be read is reported, and the run goes on.
@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         # Here, so that --help and wrong arguments are answered at once.
+        from d2_trt.logging import setup_logger  # and with it the backend "tensorrt" and its keys
         from mask2former.utils.demo import DemoError, run_demo
     except ModuleNotFoundError as error:
         print(
@@ -134,6 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    setup_logger()
     try:
         return run_demo(args)
     except DemoError as error:

@@ -19,8 +19,14 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessExitedException
 
+from d2_trt.logging import (
+    setup_logger as setup_tensorrt_logger,  # d2_trt: the backend "tensorrt" and its keys
+)
+from d2_trt.options import TensorRTOptions
 from mask2former import get_mask2former_cfg
+from mask2former.backend import BackendError, check_backend
 from mask2former.evaluation import check_test_sets, evaluate_model
 
 EPILOG = """
@@ -36,7 +42,8 @@ Examples:
 KEY VALUE pairs at the end override the config. Often wanted:
   MODEL.WEIGHTS FILE           checkpoint (.pkl or .pth)
   MODEL.DEVICE cpu             run without a GPU
-  MODEL.BACKEND NAME           what runs the network
+  MODEL.BACKEND tensorrt       run the network in TensorRT; its engine is built before the first image
+  MODEL.TENSORRT.PRECISION P   fp32, tf32, fp16 or bf16; all keys are in d2_trt/config.py
   TEST.BATCH_SIZE N            images per batch and GPU (1)
   DATASETS.TEST "('name',)"    data sets to evaluate on
   OUTPUT_DIR DIR               logs; predictions and results.json go to DIR/inference
@@ -80,7 +87,8 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     try:
         cfg = get_mask2former_cfg(args.config_file, args.opts)
         check_test_sets(cfg)
-    except (FileNotFoundError, KeyError, ValueError) as error:
+        check_backend(cfg.MODEL.BACKEND, cfg)
+    except (FileNotFoundError, KeyError, ValueError, BackendError) as error:
         # str() of a KeyError is in quotes.
         raise UsageError(error.args[0] if isinstance(error, KeyError) else error) from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
@@ -92,11 +100,29 @@ def load_config(args: argparse.Namespace) -> CfgNode:
         raise UsageError(f"--num-gpus {args.num_gpus} with MODEL.DEVICE cpu: leave one of them out")
     if cfg.TEST.AUG.ENABLED:
         raise UsageError("test-time augmentation is not there: set TEST.AUG.ENABLED False")
+    if cfg.TEST.BATCH_SIZE < 1:
+        raise UsageError(f"TEST.BATCH_SIZE is {cfg.TEST.BATCH_SIZE}: must be at least 1")
+    small = engine_too_small(cfg)
+    if small and cfg.MODEL.TENSORRT.ON_OUT_OF_RANGE == "raise":
+        raise UsageError(small)
     weights = cfg.MODEL.WEIGHTS
     # What has a scheme (https://, detectron2://) is fetched by detectron2.
     if weights and "://" not in weights and not PathManager.isfile(weights):
         raise UsageError(f"MODEL.WEIGHTS {weights}: there is no such file")
     return cfg
+
+
+def engine_too_small(cfg: CfgNode) -> str:
+    """Why TensorRT would not run whole batches of the evaluation; empty where it would, or is not asked to."""
+    if cfg.MODEL.BACKEND != "tensorrt" and cfg.MODEL.META_ARCHITECTURE != "TensorRTMaskFormer":
+        return ""
+    most = TensorRTOptions.from_cfg(cfg).shapes.max[0]
+    if cfg.TEST.BATCH_SIZE <= most:
+        return ""
+    return (
+        f"TEST.BATCH_SIZE is {cfg.TEST.BATCH_SIZE}, but MODEL.TENSORRT.MAX_BATCH_SIZE {most} is the largest batch of the "
+        "engine. Raise MODEL.TENSORRT.MAX_BATCH_SIZE, or set it to 0 for TEST.BATCH_SIZE"
+    )
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -105,10 +131,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
+    setup_tensorrt_logger(cfg.OUTPUT_DIR)
     return cfg
 
 
-def main(args: argparse.Namespace) -> dict:
+def evaluate(args: argparse.Namespace) -> dict:
     cfg = setup(args)
     logger = logging.getLogger("mask2former.train_net")
     model = build_model(cfg)
@@ -117,10 +144,24 @@ def main(args: argparse.Namespace) -> dict:
         logger.warning("MODEL.WEIGHTS is empty: the weights are random, and so are the results")
     else:
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    if small := engine_too_small(cfg):
+        logger.warning("%s. Until then PyTorch runs the full batches", small)
     results = evaluate_model(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
+
+
+def main(args: argparse.Namespace) -> dict:
+    """What every process of the job runs."""
+    try:
+        return evaluate(args)
+    except BackendError as error:
+        if comm.get_world_size() == 1:
+            raise UsageError(error) from error
+        # An exception would end in the tracebacks of all processes.
+        print(f"train_net.py: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -140,6 +181,10 @@ def run(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"train_net.py: {error}", file=sys.stderr)
         return 2
+    except ProcessExitedException as error:
+        if error.exit_code != 2:
+            raise
+        return 2  # it said why
     return 0
 
 

@@ -105,10 +105,20 @@ class Graph:
 
     # Layers
 
+    def move(self, add: Callable, *inputs):
+        """Add a layer that only moves elements: they keep their type, and several inputs are brought to one."""
+        if self.strong:
+            kinds = {x.dtype for x in inputs if self.is_float(x)}
+            if len(kinds) > 1:
+                inputs = [self.cast(x, self.compute_dtype(self.current_module())) for x in inputs]
+            return add(*inputs).get_output(0)
+        # Weakly typed: TensorRT carries the type through. Told one, a Myelin region refuses to convert on the way.
+        return add(*inputs).get_output(0)
+
     def emit(
         self, add: Callable, *inputs, compute: torch.dtype | None = None, out: torch.dtype | None = None
     ):
-        """Add a layer and return its first output.
+        """Add a layer that computes, and return its first output.
 
         Args:
             add: called with the inputs, which it hands to one of the network's add methods; returns the layer.
@@ -155,7 +165,7 @@ class Graph:
             layer.first_transpose = tuple(order)
             return layer
 
-        return self.emit(add, x)
+        return self.move(add, x)
 
     def matmul(self, a, b, transpose_b: bool = False, **types):
         """Batched matrix product of tensors of any rank."""
@@ -183,7 +193,7 @@ class Graph:
             layer.axis = dim % len(parts[0].shape)
             return layer
 
-        return self.emit(add, *tensors)
+        return self.move(add, *tensors)
 
     def select(self, condition, yes, no):
         """Where condition holds `yes`, else `no`; ranks made equal."""
@@ -277,7 +287,7 @@ class Graph:
                 layer.set_input(1, self.shape_tensor(sizes))
             return layer
 
-        return self.emit(add, x)
+        return self.move(add, x)
 
     def slice(
         self, x, starts: Sequence, sizes: Sequence, strides: Sequence[int] | None = None, fill: bool = False
@@ -299,7 +309,7 @@ class Graph:
                 layer.mode = self.trt.SampleMode.FILL
             return layer
 
-        return self.emit(add, x)
+        return self.move(add, x)
 
     def expand(self, x, sizes: Sequence):
         """Sizes of 1 repeated to the given ones."""

@@ -1,7 +1,7 @@
 """Evaluators for AP, PQ and mIoU, and the loop that runs them."""
 
 from .build import build_evaluator, check_test_sets
-from .inference import evaluate_model, save_results
+from .inference import describe_backend, evaluate_model, save_results
 from .instance_evaluation import InstanceSegEvaluator
 from .panoptic_evaluation import PanopticEvaluator
 from .panoptic_quality import pq_compute
@@ -13,6 +13,7 @@ __all__ = [
     "build_evaluator",
     "build_test_loader",
     "check_test_sets",
+    "describe_backend",
     "evaluate_model",
     "pq_compute",
     "save_results",

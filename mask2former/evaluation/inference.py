@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import tempfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,8 +26,8 @@ def evaluate_model(cfg: CfgNode, model: nn.Module) -> OrderedDict:
     """Evaluate a model on every data set of DATASETS.TEST, and print and save the results.
 
     The model's `prepare()`, where it has one, runs first, so that detectron2's timing does not count it. The
-    results of all data sets go to OUTPUT_DIR/inference/results.json; predictions to OUTPUT_DIR/inference, or
-    with several data sets to a directory of each there.
+    results of all data sets go to OUTPUT_DIR/inference/results.json, with what ran the network under "backend";
+    predictions to OUTPUT_DIR/inference, or with several data sets to a directory of each there.
 
     Returns:
         {task: {metric: value}}, or with several data sets {data set: {task: {metric: value}}}. Empty on other
@@ -66,12 +66,34 @@ def evaluate_model(cfg: CfgNode, model: nn.Module) -> OrderedDict:
         if comm.is_main_process():
             logger.info("Evaluation results for %s in csv format:", name)
             print_csv_format(results[name])
+    backend = describe_backend(model)
     if not comm.is_main_process():
         return OrderedDict()
+    logger.info("The network was run by %s", backend["backend"])
     path = os.path.join(folder, "results.json")
-    save_results(path, results)
+    save_results(path, {**results, "backend": backend})
     logger.info("Saved the results to %s", path)
     return results[names[0]] if len(names) == 1 else results
+
+
+def describe_backend(model: nn.Module) -> dict:
+    """What ran the network on all processes: the main one's description with everyone's images and reasons.
+
+    Every process must call it; only the main one gets them all.
+    """
+    backend = getattr(model, "backend", None)
+    told = backend.describe() if hasattr(backend, "describe") else {"backend": "torch"}
+    everyone = comm.gather(told) or [told]
+    # A rank that fell back while the others did not must show.
+    told["backend"] = "; ".join(dict.fromkeys(one["backend"] for one in everyone))
+    if "images" in told:
+        counts = Counter()
+        for one in everyone:
+            counts.update(one["images"])
+        told["images"] = dict(counts)
+    if "reasons" in told:
+        told["reasons"] = list(dict.fromkeys(reason for one in everyone for reason in one["reasons"]))
+    return told
 
 
 def save_results(path: str, results: Mapping) -> None:

@@ -19,7 +19,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
-from ..backend import check_backend
+from ..backend import BackendError, check_backend
 from ..config import get_mask2former_cfg
 from ..data.datasets.shapes import draw_scene
 from .media import (
@@ -38,6 +38,8 @@ from .visualization import TASKS, ClassTable, Findings, Painter, interpret
 
 # Checkpoints of backbones alone, which training starts from.
 _BACKBONE_ONLY = re.compile(r"ImageNetPretrained|swin_\w+_patch\d+_window\d+")
+# What ends an input and not the run.
+_ONE_INPUT = (MediaError, BackendError, ValueError, OverflowError, cv2.error, torch.cuda.OutOfMemoryError)
 _THRESHOLDS = ("OBJECT_MASK_THRESHOLD", "OVERLAP_THRESHOLD")
 
 
@@ -67,8 +69,8 @@ def make_cfg(args: argparse.Namespace):
     """The config to run, and whether its weights are random. Raises DemoError."""
     try:
         cfg = get_mask2former_cfg(args.config_file, args.opts)
-        check_backend(cfg.MODEL.BACKEND)
-    except (FileNotFoundError, KeyError, ValueError) as error:
+        check_backend(cfg.MODEL.BACKEND, cfg)
+    except (FileNotFoundError, KeyError, ValueError, BackendError) as error:
         raise DemoError(error.args[0] if isinstance(error, KeyError) else str(error)) from error
     given = set(args.opts[::2])
     if args.weights is not None:
@@ -147,8 +149,11 @@ class Demo:
         with torch.random.fork_rng(enabled=random_weights):
             if random_weights:
                 torch.manual_seed(0)
-            self.predictor = DefaultPredictor(cfg)
-        self.predictor.model.prepare()
+            try:
+                self.predictor = DefaultPredictor(cfg)
+                self.predictor.model.prepare()
+            except BackendError as error:
+                raise DemoError(str(error)) from error
         self.clock = StageClock(cfg.MODEL.DEVICE)
         time_backend(self.predictor.model, self.clock)
         datasets = tuple(cfg.DATASETS.TEST) or tuple(cfg.DATASETS.TRAIN)
@@ -161,8 +166,12 @@ class Demo:
         seconds = time.perf_counter() - started
         print(
             f"model ready in {seconds:.1f} s: {args.config_file} on {cfg.MODEL.DEVICE}, "
-            f"backend {cfg.MODEL.BACKEND}"
+            f"backend {self._backend()['backend']}"
         )
+
+    def _backend(self) -> dict:
+        """What has run the network so far."""
+        return self.predictor.model.backend.describe()
 
     def run(self, items: list[Item]) -> int:
         started = time.perf_counter()
@@ -188,10 +197,14 @@ class Demo:
         """False where the user closed the window."""
         try:
             return self._run_stream(item) if item.is_stream else self._run_image(item)
-        except (MediaError, ValueError, OverflowError, cv2.error, torch.cuda.OutOfMemoryError) as error:
+        except _ONE_INPUT as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 torch.cuda.empty_cache()
-            reason = str(error) if isinstance(error, MediaError) else f"{type(error).__name__}: {error}"
+            reason = (
+                str(error)
+                if isinstance(error, (MediaError, BackendError))
+                else f"{type(error).__name__}: {error}"
+            )
             self.failures.append({"input": item.name, "reason": reason})
             _say(f"{item.name}: FAILED: {reason}")
             return True
@@ -297,6 +310,8 @@ class Demo:
                 f"{stage:<14}{ms:>10.1f}" for stage, ms in medians.items()
             ]
         lines.append(f"{images} image(s) or frame(s) in {seconds:.1f} s: {rate:.2f} images per second")
+        backend = self._backend()
+        lines.append(f"backend: {backend['backend']}" + _shares(backend))
         if interrupted:
             lines.append(f"stopped by Ctrl-C: {len(self.entries)} of {count} inputs have results")
         if self.failures:
@@ -309,7 +324,7 @@ class Demo:
                 "weights": self.cfg.MODEL.WEIGHTS,
                 "random_weights": self.random_weights,
                 "device": self.cfg.MODEL.DEVICE,
-                "backend": self.cfg.MODEL.BACKEND,
+                "backend": backend,
                 "versions": {"torch": torch.__version__, "detectron2": detectron2.__version__},
                 "confidence_threshold": self.args.confidence_threshold,
                 "results": self.entries,
@@ -356,6 +371,14 @@ class _Seen:
         return {
             name: {"frames": n, "most_at_once": self._most[name]} for name, n in self._in_frames.most_common()
         }
+
+
+def _shares(backend: dict) -> str:
+    """How many images PyTorch ran in the place of another backend; empty where none."""
+    images = backend.get("images", {})
+    if not images.get("torch") or sum(images.values()) == images["torch"]:
+        return ""
+    return f", but PyTorch ran {images['torch']} of {sum(images.values())} images"
 
 
 def _arrow(item: Item) -> str:

@@ -31,6 +31,15 @@ GATED = {
         ("8.6.1", "10.0.1", "10.3.0", "10.13.3.9"),
         "behind hasattr: version 1 of group normalisation is used there",
     ),
+    "IProgressMonitor": (SINCE_10, "where it exists only (compat.has_progress_monitor)"),
+    "IProgressMonitor.__init__": (SINCE_10, "where it exists only (compat.has_progress_monitor)"),
+    "IBuilderConfig.progress_monitor": (SINCE_10, "where it exists only (compat.has_progress_monitor)"),
+    "ICudaEngine.device_memory_size_v2": (("8.6.1", "10.0.1"), "behind hasattr (compat.device_memory)"),
+    "ICudaEngine.device_memory_size": (
+        UNTIL_11,
+        "where device_memory_size_v2 is missing (compat.device_memory)",
+    ),
+    "Builder.platform_has_fast_fp16": (UNTIL_11, "with a default; 11 has no GPU without"),
     "bfloat16": (SINCE_10, "behind hasattr"),
     "int64": (SINCE_10, "from 10 on only (compat.shape_dtype)"),
 }

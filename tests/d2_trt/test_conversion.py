@@ -31,7 +31,7 @@ def random_images(shape) -> torch.Tensor:
 
 def trace(trt, core, spec, monkeypatch):  # noqa: F811
     """A network of the double that holds the traced model."""
-    monkeypatch.setattr(compat, "torch2trt", lambda: conversion)
+    conversion.use_conversion(monkeypatch)
     made = trt.Builder(trt.Logger())
     network = made.create_network(compat.network_flags())
     network.examples = {"images": [TRACED, *OTHERS] if spec.dynamic else [TRACED]}

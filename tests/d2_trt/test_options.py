@@ -146,7 +146,7 @@ def test_options_are_frozen(cfg):
 @pytest.mark.parametrize("precision", VERIFY_DEFAULTS)
 def test_verify_limits_by_precision(cfg, precision):
     verify = options(cfg, PRECISION=precision).verify
-    exact = precision in ("fp32", "tf32")
+    exact = precision == "fp32"
     assert verify.min_sign_agreement == (0.999 if exact else 0.995)
     assert verify.min_class_agreement == 0.99
     assert verify.max_logit_error == verify.max_mask_error == (2e-3 if exact else None)
@@ -208,9 +208,9 @@ WRONG = [
     (T_ + "TIMING_CACHE", "yes", "True or False"),
     (T_ + "CUDA_GRAPHS", 0, "True or False"),
     (T_ + "VERIFY.ENABLED", None, "True or False"),
-    (T_ + "MAX_BATCH_SIZE", 0, "a whole number of at least 1"),
-    (T_ + "MAX_BATCH_SIZE", 2.0, "a whole number of at least 1"),
-    (T_ + "MAX_BATCH_SIZE", True, "a whole number of at least 1"),
+    (T_ + "MAX_BATCH_SIZE", -1, "a whole number of at least 0 (0 stands for TEST.BATCH_SIZE)"),
+    (T_ + "MAX_BATCH_SIZE", 2.0, "a whole number of at least 0"),
+    (T_ + "MAX_BATCH_SIZE", True, "a whole number of at least 0"),
     (T_ + "OPT_BATCH_SIZE", 2, "from 0 to 1 (at most MAX_BATCH_SIZE"),
     (T_ + "OPT_LEVEL", 6, "a whole number from 0 to 5"),
     (T_ + "OPT_LEVEL", -1, "a whole number from 0 to 5"),
@@ -307,6 +307,16 @@ def test_three_shapes_and_batches(cfg):
     read = options(cfg, SHAPES=["256x320", " 800 X 1088", "1344x1344"], MAX_BATCH_SIZE=4)
     assert read.shapes == ShapeRange((1, 256, 320), (4, 800, 1088), (4, 1344, 1344))
     assert options(cfg, OPT_BATCH_SIZE=2).shapes.opt == (2, 800, 1088)
+
+
+def test_largest_batch_follows_the_evaluation_unless_it_is_given(cfg):
+    cfg.TEST.BATCH_SIZE = 4
+    assert (options(cfg).shapes.opt[0], options(cfg).shapes.max[0]) == (4, 4)
+    assert options(cfg, MAX_BATCH_SIZE=2).shapes.max[0] == 2
+    cfg.TEST.BATCH_SIZE = 0
+    assert options(cfg).shapes.max[0] == 2  # not asked for
+    with pytest.raises(OptionsError, match=r"TEST\.BATCH_SIZE is 0; allowed: a whole number of at least 1"):
+        options(cfg, MAX_BATCH_SIZE=0)
 
 
 def test_one_shape_is_static(cfg):

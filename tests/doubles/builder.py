@@ -90,22 +90,29 @@ class FakeTimingCache(ApiObject):
 
     def __init__(self, api: Api, serialized: bytes):
         super().__init__(api)
-        self._keys = set()
+        self._keys, self._version = set(), api.version
         if serialized:
             if not serialized.startswith(CACHE_MAGIC):
                 raise Refused("this is no timing cache")
-            self._keys = set(json.loads(serialized[len(CACHE_MAGIC) :]))
+            content = json.loads(serialized[len(CACHE_MAGIC) :])
+            self._keys, self._version = set(content["keys"]), content["tensorrt"]
 
     def serialize(self):
-        return FakeHostMemory(self._api, CACHE_MAGIC + json.dumps(sorted(self._keys)).encode())
+        content = {"tensorrt": self._version, "keys": sorted(self._keys)}
+        return FakeHostMemory(self._api, CACHE_MAGIC + json.dumps(content).encode())
 
     def combine(self, input_cache, ignore_mismatch):
+        if input_cache._version != self._version and not ignore_mismatch:
+            return False
         self._keys |= input_cache._keys
         return True
 
     def reset(self):
         self._keys.clear()
         return True
+
+    def queryKeys(self):
+        return sorted(self._keys)
 
 
 class FakeConfig(ApiObject):
@@ -213,6 +220,8 @@ class FakeConfig(ApiObject):
         return FakeTimingCache(self._api, as_bytes(serialized_timing_cache))
 
     def set_timing_cache(self, cache, ignore_mismatch):
+        if cache._version != self._api.version and not ignore_mismatch:
+            return False
         self._cache = cache
         return True
 
@@ -238,13 +247,15 @@ class FakeConfig(ApiObject):
 class FakeBuilder(ApiObject):
     """Builder. A network that TensorRT would refuse makes build_serialized_network log it and return None, as there.
 
-    Beyond the real interface, tests may set `refuse` to False: then the refusal is raised.
+    Beyond the real interface, tests may set `refuse` to False: then the refusal is raised; and `work` to a function that is
+    called three times in a build, between which a progress monitor may end it.
     """
 
     _kind = "Builder"
-    _extra = frozenset({"refuse"})
+    _extra = frozenset({"refuse", "work"})
     _settable: ClassVar = {"max_threads": as_int, "error_recorder": as_any, "gpu_allocator": as_any}
     refuse = True
+    work = staticmethod(lambda: None)
 
     def __init__(self, api: Api, logger):
         super().__init__(api)
@@ -278,7 +289,7 @@ class FakeBuilder(ApiObject):
         severity = self._api.trt.ILogger.Severity
         try:
             self._check_build(network, config)
-            if not self._report_progress(config):
+            if not self._build(config):
                 self.logger.log(severity.ERROR, "the progress monitor ended the build")
                 return None
         except Refused as error:
@@ -337,16 +348,20 @@ class FakeBuilder(ApiObject):
             if used and not config.get_flag(getattr(flag, needed)):
                 raise Refused(f"layers are set to {dtype}, but BuilderFlag.{needed} is not set")
 
-    def _report_progress(self, config) -> bool:
-        """Call the progress monitor; False where it asks to stop."""
+    def _build(self, config) -> bool:
+        """Work, and call the progress monitor; False where it asks to stop."""
         monitor = config._values["progress_monitor"]
         if monitor is None:
+            for _ in range(3):
+                self.work()
             return True
         monitor.phase_start("Building Engine", None, 2)
         monitor.phase_start("Tactic Selection", "Building Engine", 3)
         going = True
         for step in range(3):
-            going = going and monitor.step_complete("Tactic Selection", step)
+            if going:
+                self.work()
+                going = monitor.step_complete("Tactic Selection", step)
         monitor.phase_finish("Tactic Selection")
         going = going and monitor.step_complete("Building Engine", 0)
         monitor.phase_finish("Building Engine")

@@ -1,13 +1,31 @@
 """A stand-in for torch2trt.torch2trt, for machines without it: its ConversionContext as far as d2_trt uses it.
 
 Like the original it replaces the functions of a converter table while it is entered, runs a converter after each outermost
-one, and names every layer after the module that is being run.
+one, and names every layer after the module that is being run. Layers outside of all modules fail, as there, and sizes that
+are read of traced tensors add layers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import sys
 from collections import Counter
+
+import torch
+
+from d2_trt import compat
+
+
+def has_torch2trt() -> bool:
+    """Whether the original is installed."""
+    return importlib.util.find_spec("torch2trt") is not None
+
+
+def use_conversion(monkeypatch) -> None:
+    """d2_trt converts with the original where it is installed, and with this stand-in where it is not."""
+    if not has_torch2trt():
+        monkeypatch.setattr(compat, "torch2trt", lambda: sys.modules[__name__])
 
 
 class _NamingNetwork:
@@ -36,6 +54,7 @@ class _NamingNetwork:
 class ConversionContext:
     def __init__(self, network, converters, torch2trt_kwargs=None, builder_config=None, logger=None):
         self.network = _NamingNetwork(self, network)
+        self._bare_network = network
         self.lock = False
         self.method_args = self.method_kwargs = self.method_return = None
         self.torch2trt_kwargs = torch2trt_kwargs
@@ -52,7 +71,7 @@ class ConversionContext:
         return self.module_stack[-1]
 
     def current_module_name(self) -> str:
-        return self.get_module_name(self.current_module()) if self.module_stack else ""
+        return self.get_module_name(self.current_module())
 
     def _wrap(self, entry):
         original = entry["method_impl"]
@@ -82,6 +101,16 @@ class ConversionContext:
             self._exit.callback(setattr, owner, last, entry["method_impl"])
             setattr(owner, last, self._wrap(entry))
 
+        plain = torch.Tensor.size
+
+        def size(tensor, dim=None):
+            if hasattr(tensor, "_trt"):
+                self._bare_network.add_shape(tensor._trt)
+            return plain(tensor) if dim is None else plain(tensor, dim)
+
+        self._exit.callback(setattr, torch.Tensor, "size", plain)
+        torch.Tensor.size = size
+
         def enter(module, _):
             self.module_stack.append(module)
 
@@ -95,10 +124,3 @@ class ConversionContext:
 
     def __exit__(self, *error):
         self._exit.close()
-
-
-@contextlib.contextmanager
-def use_shape_wrapping(value: bool):
-    """torch2trt wraps sizes while this is on; the stand-in never does."""
-    assert not value
-    yield

@@ -4,6 +4,7 @@ import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.projects.deeplab import add_deeplab_config
 
+from mask2former import config
 from mask2former.config import add_maskformer2_config, get_mask2former_cfg
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -254,7 +255,8 @@ def test_configs_share_no_lists():
     assert second.MODEL.SWIN.DEPTHS == [2, 2, 6, 2]
 
 
-def test_helper_equals_the_calls_users_know():
+def test_helper_equals_the_calls_users_know(monkeypatch):
+    monkeypatch.setattr(config, "EXTENSIONS", [])  # a test before may have imported a plugin
     file = str(CONFIGS / "ade20k/semantic-segmentation/maskformer2_R50_bs16_160k.yaml")
     cfg = get_cfg()
     add_deeplab_config(cfg)
@@ -262,6 +264,14 @@ def test_helper_equals_the_calls_users_know():
     cfg.merge_from_file(file)
     cfg.merge_from_list(["MODEL.DEVICE", "cpu"])
     assert flatten(get_mask2former_cfg(file, ["MODEL.DEVICE", "cpu"])) == flatten(cfg)
+
+
+def test_helper_adds_the_keys_of_imported_plugins(monkeypatch):
+    def add_keys(cfg):
+        cfg.MODEL.PLUGIN = CfgNode({"SPEED": 1})
+
+    monkeypatch.setattr(config, "EXTENSIONS", [add_keys])
+    assert get_mask2former_cfg(None, ["MODEL.PLUGIN.SPEED", "3"]).MODEL.PLUGIN.SPEED == 3
 
 
 def test_file_of_the_release_with_an_eval_tag_loads(tmp_path):

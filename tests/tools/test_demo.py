@@ -409,3 +409,40 @@ def test_sigint_ends_the_command_with_130_and_whole_files(tmp_path):
     assert 2 <= len(results) < 500 and not any(".part" in name for name in results)
     for name in results:
         assert pixels(tmp_path / name).ndim == 3
+
+
+def test_backend_that_ran_is_told(tmp_path, capsys):
+    report = tmp_path / "report.json"
+    assert run("--draw", 1, "--output", tmp_path / "out", "--json", report) == 0
+    assert json.loads(report.read_text())["backend"] == {"backend": "torch"}
+    opts = {"MODEL__BACKEND": "tensorrt", "MODEL__TENSORRT__ON_ERROR": "torch"}
+    assert run("--draw", 2, "--output", tmp_path / "out", "--json", report, **opts) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "backend torch (fallback: MODEL.BACKEND 'tensorrt' runs on an NVIDIA GPU" in printed
+    )  # at the start
+    assert "\nbackend: torch (fallback: MODEL.BACKEND 'tensorrt'" in printed  # and in the summary
+    told = json.loads(report.read_text())["backend"]
+    assert told["backend"].startswith("torch (fallback: ") and told["images"] == {"tensorrt": 0, "torch": 2}
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("BACKEND", "tensorrt", "runs on an NVIDIA GPU, but the model is on cpu"),
+        ("META_ARCHITECTURE", "TensorRTMaskFormer", "runs on an NVIDIA GPU, but the model is on cpu"),
+        ("TENSORRT__OPT_LEVEL", "9", "MODEL.TENSORRT.OPT_LEVEL is 9; allowed: a whole number from 0 to 5"),
+    ],
+)
+def test_backend_that_cannot_run_stops_the_demo(tmp_path, capsys, key, value, message):
+    opts = {"MODEL__BACKEND": "tensorrt"} if key.startswith("TENSORRT") else {}
+    assert run("--draw", 1, "--output", tmp_path, **opts, **{f"MODEL__{key}": value}) == 2
+    error = capsys.readouterr().err
+    assert error.count(message) == 1 and error.splitlines()[-1].startswith("demo.py: error: MODEL.")
+
+
+def test_images_that_pytorch_ran_are_told():
+    images = {"tensorrt": 3, "torch": 1}
+    assert demo_module._shares({"backend": "tensorrt", "images": images}) == ", but PyTorch ran 1 of 4 images"
+    assert demo_module._shares({"backend": "tensorrt", "images": {"tensorrt": 3, "torch": 0}}) == ""
+    assert demo_module._shares({"backend": "torch"}) == ""

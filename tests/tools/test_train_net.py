@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
+from torch.multiprocessing import ProcessExitedException
 
 from mask2former import get_mask2former_cfg
+from mask2former.backend import BackendError
 from mask2former.data.datasets.shapes import register_shapes
 from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
 
@@ -196,3 +198,85 @@ def test_checkpoint_and_expected_results(train_net, datasets, tmp_path, monkeypa
     assert results_of("second", *expected(accuracy)) == first
     with pytest.raises(SystemExit):
         results_of("third", *expected(accuracy + 50))
+
+
+TENSORRT = ("--eval-only", "--config-file", CONFIG, "MODEL.DEVICE", "cpu", "MODEL.BACKEND", "tensorrt")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        (("PRECISION", "fp8"), "MODEL.TENSORRT.PRECISION is 'fp8'; allowed: 'fp32'"),
+        (("MAX_BATCH_SIZES", "2"), "Non-existent key: MODEL.TENSORRT.MAX_BATCH_SIZES"),
+        (("SHAPES", "['100x100']"), "MODEL.TENSORRT.SHAPES has '100x100'; allowed: heights and widths"),
+    ],
+)
+def test_mistakes_in_the_backends_keys(run, available, override, message):
+    assert message in run(*TENSORRT, "MODEL.TENSORRT." + override[0], override[1])
+
+
+@pytest.mark.parametrize("choice", [("MODEL.BACKEND",), ("MODEL.META_ARCHITECTURE",)])
+def test_batches_that_the_engine_would_not_take(run, available, train_net, choice):
+    name = "tensorrt" if choice[0] == "MODEL.BACKEND" else "TensorRTMaskFormer"
+    words = ["--eval-only", "--config-file", CONFIG, "MODEL.DEVICE", "cpu", *choice, name]
+    words += ["TEST.BATCH_SIZE", "4", "MODEL.TENSORRT.MAX_BATCH_SIZE", "2"]
+    message = run(*words, "MODEL.TENSORRT.ON_OUT_OF_RANGE", "raise")
+    assert "TEST.BATCH_SIZE is 4" in message and "MODEL.TENSORRT.MAX_BATCH_SIZE 2" in message
+    # By default PyTorch runs them: a warning, once the logs are set up.
+    arguments = train_net.build_parser().parse_args(words)
+    assert "TEST.BATCH_SIZE is 4" in train_net.engine_too_small(train_net.load_config(arguments))
+    enough = train_net.build_parser().parse_args([*words, "MODEL.TENSORRT.MAX_BATCH_SIZE", "0"])
+    assert train_net.engine_too_small(train_net.load_config(enough)) == ""
+
+
+@pytest.fixture
+def drawn(datasets, tmp_path, monkeypatch) -> list[str]:
+    """Overrides for a quick evaluation on drawn scenes."""
+    register_shapes(str(datasets / "shapes"), "trainnetdrawn")
+    monkeypatch.chdir(REPO_ROOT)
+    words = ["DATASETS.TEST", "('trainnetdrawn_val_sem_seg',)", "OUTPUT_DIR", str(tmp_path)]
+    return [*words, "INPUT.MIN_SIZE_TEST", "64", "DATALOADER.NUM_WORKERS", "0"]
+
+
+def test_backend_that_cannot_run_ends_in_one_message(train_net, drawn, capsys):
+    assert train_net.run([*TENSORRT, *drawn]) == 2
+    message = capsys.readouterr().err
+    assert message.count("runs on an NVIDIA GPU, but the model is on cpu") == 1
+    assert "Set MODEL.DEVICE cuda, or MODEL.BACKEND torch" in message and "Traceback" not in message
+
+
+def test_fallback_is_told_in_the_results(train_net, drawn, tmp_path):
+    assert train_net.run([*TENSORRT, *drawn, "MODEL.TENSORRT.ON_ERROR", "torch"]) == 0
+    results = json.loads((tmp_path / "inference" / "results.json").read_text())
+    told = results["backend"]
+    assert told["backend"].startswith("torch (fallback: MODEL.BACKEND 'tensorrt' runs on an NVIDIA GPU")
+    assert told["images"] == {"tensorrt": 0, "torch": 5}
+    assert results["trainnetdrawn_val_sem_seg"]["sem_seg"]["pACC"] >= 0
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("PyTorch runs the network (MODEL.TENSORRT.ON_ERROR torch)") == 1
+    assert "The network was run by torch (fallback" in log
+
+
+def test_process_that_said_what_is_wrong_ends_the_job_without_traceback(train_net, available, monkeypatch):
+    def launch(main, num_gpus, **more):
+        raise ProcessExitedException("process 1 ended", error_index=1, error_pid=1, exit_code=code)
+
+    monkeypatch.setattr(train_net, "launch", launch)
+    arguments = ["--eval-only", "--config-file", CONFIG, "MODEL.DEVICE", "cpu"]
+    code = 2
+    assert train_net.run(arguments) == 2
+    code = 1
+    with pytest.raises(ProcessExitedException):
+        train_net.run(arguments)
+
+
+def test_each_process_of_several_says_what_is_wrong_itself(train_net, monkeypatch, capsys):
+    def fail(args):
+        raise BackendError("no engine")
+
+    monkeypatch.setattr(train_net, "evaluate", fail)
+    monkeypatch.setattr(train_net.comm, "get_world_size", lambda: 2)
+    with pytest.raises(SystemExit) as error:
+        train_net.main(None)
+    assert error.value.code == 2
+    assert capsys.readouterr().err == "train_net.py: no engine\n"

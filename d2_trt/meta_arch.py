@@ -1,0 +1,25 @@
+"""A meta-architecture that says outright that TensorRT runs the network."""
+
+from __future__ import annotations
+
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from mask2former import MaskFormer
+
+from .logging import get_logger
+
+logger = get_logger(__name__)
+
+
+@META_ARCH_REGISTRY.register()
+class TensorRTMaskFormer(MaskFormer):
+    """A MaskFormer with the backend "tensorrt", whatever MODEL.BACKEND says."""
+
+    @classmethod
+    def from_config(cls, cfg):
+        if cfg.MODEL.BACKEND not in ("torch", "tensorrt"):
+            logger.warning(
+                "MODEL.META_ARCHITECTURE TensorRTMaskFormer runs the network in TensorRT: MODEL.BACKEND %s is not used",
+                cfg.MODEL.BACKEND,
+            )
+        return {**super().from_config(cfg), "backend": "tensorrt"}
