@@ -6,6 +6,7 @@ import functools
 import importlib
 import sys
 import traceback
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +38,9 @@ _HARMLESS = {
     "is_cpu",
 }
 _SIZES = {"shape", "size"}
+# Converted where PyTorch dispatches it, not by putting a wrapper in its place: a class whose __getitem__ was set once passes
+# for a sequence ever after, also when it is put back, and torch.as_tensor([tensor(0), tensor(1)]) fails then.
+_DISPATCHED = {"torch.Tensor.__getitem__": torch.Tensor.__getitem__}
 
 
 def converts(*names: str):
@@ -81,7 +85,7 @@ def converter_table(graph) -> dict[str, dict]:
     table = {}
     for name, function in CONVERTERS.items():
         found = _resolve(name)
-        if found is None:
+        if found is None or name in _DISPATCHED:
             continue
         module, qualified, original = found
         table[name] = {
@@ -146,11 +150,26 @@ class Guard(TorchFunctionMode):
         # A module that took a function when it was made (Conv2d(activation=F.relu)) reaches the converter through here.
         self.converted = {id(_resolve(name)[2]) for name in CONVERTERS if _resolve(name) is not None}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, _, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not self.context.lock and id(func) not in self.converted and traced_tensors(args, kwargs):
+        if self.context.lock or not traced_tensors(args, kwargs):
+            return func(*args, **kwargs)
+        for name, original in _DISPATCHED.items():
+            if func == original:
+                return self._run_and_convert(name, func, args, kwargs)
+        if id(func) not in self.converted:
             self._check(func)
         return func(*args, **kwargs)
+
+    def _run_and_convert(self, name: str, func, args, kwargs):
+        result = func(*args, **kwargs)
+        call = types.SimpleNamespace(method_args=args, method_kwargs=kwargs, method_return=result)
+        self.context.lock = True  # what a converter does itself is not traced
+        try:
+            _convert(self.graph, name, CONVERTERS[name], call)
+        finally:
+            self.context.lock = False
+        return result
 
     def _check(self, func) -> None:
         name = getattr(func, "__name__", str(func))

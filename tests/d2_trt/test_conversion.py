@@ -156,6 +156,11 @@ def test_function_equals_pytorch(trt, name, shapes, monkeypatch):  # noqa: F811
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_tensors_are_no_sequences_after_a_trace(trt, monkeypatch):  # noqa: F811
+    trace(trt, Wrapped(FUNCTIONS["index that drops a dimension"]), BuildSpec(**STATIC), monkeypatch)
+    assert torch.as_tensor([torch.tensor(3), torch.tensor(4)]).tolist() == [3, 4]
+
+
 @pytest.mark.tensorrt
 @pytest.mark.gpu
 @pytest.mark.slow
