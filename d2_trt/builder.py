@@ -26,7 +26,7 @@ OUTPUTS = ("pred_logits", "pred_masks")
 
 # Kept in float32 at lower precisions, as patterns over module names.
 DEFAULT_FP32_MODULES = (
-    "sem_seg_head.predictor.class_embed",
+    "sem_seg_head.predictor*",
     "*.self_attn.core",
     "*.pe_layer",
 )

@@ -78,8 +78,10 @@ class EngineProbe:
         """
         trt = compat.tensorrt()
         inspector = self._engine.create_engine_inspector()
-        if shape is not None:
-            inspector.execution_context = self._context(shape)
+        context = None if shape is None else self._context(shape)
+        if context is not None:
+            # The inspector of 8.6 does not keep it alive: without a name here it would read freed memory.
+            inspector.execution_context = context
         return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
 
     def profile(

@@ -6,7 +6,6 @@ import functools
 import importlib
 import sys
 import traceback
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,12 +162,15 @@ class Guard(TorchFunctionMode):
 
     def _run_and_convert(self, name: str, func, args, kwargs):
         result = func(*args, **kwargs)
-        call = types.SimpleNamespace(method_args=args, method_kwargs=kwargs, method_return=result)
-        self.context.lock = True  # what a converter does itself is not traced
+        context = self.context
+        context.lock = True  # what a converter does itself is not traced
+        # torch2trt reads them whenever a layer is added, to name it.
+        context.method_args, context.method_kwargs, context.method_return = args, kwargs, result
         try:
-            _convert(self.graph, name, CONVERTERS[name], call)
+            _convert(self.graph, name, CONVERTERS[name], context)
         finally:
-            self.context.lock = False
+            context.method_args = context.method_kwargs = context.method_return = None
+            context.lock = False
         return result
 
     def _check(self, func) -> None:

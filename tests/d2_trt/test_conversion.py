@@ -75,7 +75,8 @@ def test_half_precision_stays_near_float32_and_keeps_its_pins(trt, model, monkey
             continue  # between the types
         types.setdefault(row["name"].split(":")[0], set()).add(row["compute"])
     assert types["model.sem_seg_head.predictor.class_embed"] <= {"FLOAT", ""}
-    assert "HALF" in types["model.sem_seg_head.predictor.mask_embed.layers.0"]
+    assert types["model.sem_seg_head.predictor.mask_embed.layers.0"] <= {"FLOAT", ""}
+    assert "HALF" in types["model.sem_seg_head.pixel_decoder.transformer.encoder.layers.0.linear1"]
 
 
 def test_layers_are_named_after_their_modules(trt, model, monkeypatch):  # noqa: F811

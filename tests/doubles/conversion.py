@@ -43,6 +43,8 @@ class _NamingNetwork:
 
         def call(*args, **kwargs):
             layer = attribute(*args, **kwargs)
+            # As the original, which fails here where no conversion is under way.
+            len(self._context.method_args), len(self._context.method_kwargs)
             scope = self._context.current_module_name()
             layer.name = f"{scope}:{self._count[scope]}:{layer.type.name}"
             self._count[scope] += 1
