@@ -79,6 +79,12 @@ _DEFAULTS = {
                 "SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": False,
                 # Instances.pred_boxes: zeros as in the release (False), or the masks' tight boxes (True).
                 "BOXES_FROM_MASKS": False,
+                # Instances.pred_masks, bool ("bitmask"), or pred_masks_rle, COCO's run lengths ("rle").
+                # "auto": bitmask, but rle in tools/train_net.py's evaluation where the evaluators read it.
+                "INSTANCE_FORMAT": "auto",
+                # "sem_seg", a score for every class ("scores"), or "sem_seg_labels", the best class
+                # alone ("labels"). "auto": scores, but labels in tools/train_net.py's evaluation.
+                "SEMANTIC_FORMAT": "auto",
             },
         },
         "SEM_SEG_HEAD": {
@@ -124,8 +130,8 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     Raises:
         TypeError: a value stands where a group of keys (such as MODEL.SWIN) belongs.
 
-    Names and defaults: the official release. Ours: MODEL.BACKEND, MODEL.MASK_FORMER.TEST.BOXES_FROM_MASKS
-    and TEST.BATCH_SIZE.
+    Names and defaults: the official release. Ours: MODEL.BACKEND, TEST.BATCH_SIZE and, below
+    MODEL.MASK_FORMER.TEST, BOXES_FROM_MASKS, INSTANCE_FORMAT and SEMANTIC_FORMAT.
     """
     add_missing(cfg, _DEFAULTS)
 

@@ -9,7 +9,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, bu
 from torch import Tensor, nn
 
 from .backend import build_backend, check_backend
-from .modeling.criterion import SetCriterion
+from .modeling.criterion import build_criterion
+from .modeling.targets import prepare_targets
 from .postprocessing import PostprocessOptions, postprocess
 
 
@@ -66,7 +67,7 @@ class MaskFormer(nn.Module):
         return {
             "backbone": backbone,
             "sem_seg_head": sem_seg_head,
-            "criterion": SetCriterion(sem_seg_head.num_classes, cfg.MODEL.MASK_FORMER.NO_OBJECT_WEIGHT),
+            "criterion": build_criterion(cfg, sem_seg_head.num_classes),
             "metadata": MetadataCatalog.get(datasets[0]) if datasets else None,
             "size_divisibility": cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
@@ -104,32 +105,38 @@ class MaskFormer(nn.Module):
         Returns:
             pred_logits (B, Q, K + 1; the last class is "no object") and pred_masks (B, Q, H/4, W/4), logits.
         """
-        outputs = self.sem_seg_head(self.backbone((images - self.pixel_mean) / self.pixel_std))
+        outputs = self._outputs(images)
         return outputs["pred_logits"], outputs["pred_masks"]
 
-    def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """Segment images.
+    def _outputs(self, images: Tensor) -> dict:
+        """The transformer decoder's outputs; in training with those of its earlier layers."""
+        return self.sem_seg_head(self.backbone((images - self.pixel_mean) / self.pixel_std))
+
+    def forward(self, batched_inputs: list[dict]) -> list[dict] | dict[str, Tensor]:
+        """Segment images, or in training mode compute the losses.
 
         Args:
             batched_inputs: for each image a dict with "image", (C, H, W) of any integer or floating dtype in the
                 config's channel order and range, and optionally "height" and "width", the output size in pixels (the
-                image's own where absent). The images may differ in size.
+                image's own where absent). The images may differ in size. Training needs "instances" too: an Instances
+                with gt_classes (N,) int64 and gt_masks (N, H, W), bool or BitMasks; N may be 0.
 
         Returns:
-            for each image a dict with what the config asks for, at its output size:
+            in training the weighted losses of the criterion by name, scalars. Training always runs in PyTorch, whatever
+            the backend. In evaluation for each image a dict with what the config asks for, at its output size:
             "sem_seg" (K, height, width) float32 class scores; "panoptic_seg", a pair of segment ids (height, width) int32
             with 0 for none, and a list of {"id", "isthing", "category_id"}; "instances", an Instances with pred_masks
-            (N, height, width) bool, pred_boxes, scores and pred_classes.
+            (N, height, width) bool, pred_boxes, scores and pred_classes. With MODEL.MASK_FORMER.TEST.INSTANCE_FORMAT "rle"
+            and SEMANTIC_FORMAT "labels", pred_masks_rle and "sem_seg_labels" instead; see `postprocess`.
 
         Raises:
             ValueError: an empty batch, or an image that is missing, of a wrong shape, size, dtype or channel number, or
-                not finite.
+                not finite; in training also segments that do not fit the image or the classes.
+            FloatingPointError: training has diverged to NaN or infinite predictions.
         """
-        if self.training:
-            raise NotImplementedError(
-                "this version evaluates models and does not train them yet: call model.eval() first"
-            )
         images, image_sizes, output_sizes = self.preprocess(batched_inputs)
+        if self.training:
+            return self._losses(images, batched_inputs)
         pred_logits, pred_masks = self.backend(images)
         return postprocess(
             pred_logits,
@@ -140,6 +147,14 @@ class MaskFormer(nn.Module):
             options=self.postprocess_options,
             thing_classes=self.thing_classes,
         )
+
+    def _losses(self, images: Tensor, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        # Before the network: what is wrong with the annotations should not show after it.
+        targets = prepare_targets(
+            batched_inputs, self.sem_seg_head.num_classes, tuple(images.shape[-2:]), self.device
+        )
+        losses = self.criterion(self._outputs(images), targets)
+        return {name: loss * self.criterion.weight_dict[name] for name, loss in losses.items()}
 
     @property
     def thing_classes(self) -> frozenset[int]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluate a Mask2Former model on the data sets of its config: PQ, AP and mIoU."""
+"""Train a Mask2Former model on the data sets of its config, or evaluate one: PQ, AP and mIoU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from d2_trt.logging import (
 from d2_trt.options import TensorRTOptions
 from mask2former import get_mask2former_cfg
 from mask2former.backend import BackendError, check_backend
-from mask2former.evaluation import check_test_sets, evaluate_model
+from mask2former.data import build_train_mapper, check_train_sets
+from mask2former.data.train_loader import AnnotationError
+from mask2former.engine import Trainer, torch_training_cfg
+from mask2former.evaluation import check_test_sets, evaluate_model, with_evaluation_formats
 
 EPILOG = """
 Examples:
@@ -38,6 +41,11 @@ Examples:
     python tools/train_net.py --eval-only --num-gpus 2 \\
         --config-file configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml \\
         MODEL.WEIGHTS model_final.pkl TEST.BATCH_SIZE 4
+  train on COCO as the release does, and go on after an interruption:
+    python tools/train_net.py --num-gpus 8 [--resume] \\
+        --config-file configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml OUTPUT_DIR output/r50
+  train the small model on the drawn data set:
+    python tools/train_net.py --config-file configs/shapes/maskformer2_mini_shapes.yaml OUTPUT_DIR output/mini
 
 KEY VALUE pairs at the end override the config. Often wanted:
   MODEL.WEIGHTS FILE           checkpoint (.pkl or .pth)
@@ -46,7 +54,12 @@ KEY VALUE pairs at the end override the config. Often wanted:
   MODEL.TENSORRT.PRECISION P   fp32, tf32, fp16 or bf16; all keys are in d2_trt/config.py
   TEST.BATCH_SIZE N            images per batch and GPU (1)
   DATASETS.TEST "('name',)"    data sets to evaluate on
-  OUTPUT_DIR DIR               logs; predictions and results.json go to DIR/inference
+  SOLVER.IMS_PER_BATCH N       training images of an iteration, over all GPUs
+  SOLVER.BASE_LR X             learning rate; in proportion to IMS_PER_BATCH
+  SOLVER.MAX_ITER N            iterations; a checkpoint every SOLVER.CHECKPOINT_PERIOD, an evaluation every TEST.EVAL_PERIOD
+  SOLVER.AMP.ENABLED False     train in float32 instead of mixed precision
+  SEED N                       the same run again
+  OUTPUT_DIR DIR               logs and checkpoints; predictions and results.json go to DIR/inference
 """
 
 
@@ -62,11 +75,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """What can be told before any process starts."""
-    if not args.eval_only:
-        raise UsageError(
-            "this version evaluates only: training is not there yet. Add --eval-only to evaluate "
-            "MODEL.WEIGHTS"
-        )
     if not args.config_file:
         raise UsageError("--config-file is missing: name a file of configs/")
     if args.num_gpus < 1:
@@ -86,7 +94,10 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     """The config of the command line, checked against this machine, not frozen."""
     try:
         cfg = get_mask2former_cfg(args.config_file, args.opts)
-        check_test_sets(cfg)
+        if args.eval_only:
+            check_test_sets(cfg)
+        else:
+            check_training(cfg, args)
         check_backend(cfg.MODEL.BACKEND, cfg)
     except (FileNotFoundError, KeyError, ValueError, BackendError) as error:
         # str() of a KeyError is in quotes.
@@ -106,10 +117,33 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     if small and cfg.MODEL.TENSORRT.ON_OUT_OF_RANGE == "raise":
         raise UsageError(small)
     weights = cfg.MODEL.WEIGHTS
+    if args.resume and PathManager.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+        return cfg  # its own weights
     # What has a scheme (https://, detectron2://) is fetched by detectron2.
     if weights and "://" not in weights and not PathManager.isfile(weights):
         raise UsageError(f"MODEL.WEIGHTS {weights}: there is no such file")
     return cfg
+
+
+def check_training(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Have the config train in PyTorch, and check what training reads of it.
+
+    Raises:
+        UsageError, ValueError, KeyError, FileNotFoundError: it cannot be trained.
+    """
+    torch_training_cfg(cfg)
+    check_train_sets(cfg)
+    if cfg.DATASETS.TEST:
+        check_test_sets(cfg)
+    build_train_mapper(cfg)
+    processes = args.num_gpus * args.num_machines
+    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % processes:
+        raise UsageError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, for all {processes} GPUs together: must be a multiple of "
+            "their number"
+        )
+    if cfg.MODEL.DEVICE == "cpu" and cfg.MODEL.RESNETS.NORM == "SyncBN":
+        raise UsageError("MODEL.RESNETS.NORM SyncBN trains on GPUs only: with MODEL.DEVICE cpu set it to BN")
 
 
 def engine_too_small(cfg: CfgNode) -> str:
@@ -132,13 +166,18 @@ def setup(args: argparse.Namespace) -> CfgNode:
     default_setup(cfg, args)
     setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
     setup_tensorrt_logger(cfg.OUTPUT_DIR)
+    if not args.eval_only:
+        # As it was asked for; load_config has changed it.
+        asked = get_mask2former_cfg(args.config_file, args.opts)
+        if changed := torch_training_cfg(asked):
+            logging.getLogger("mask2former.train_net").info("%s", changed)
     return cfg
 
 
 def evaluate(args: argparse.Namespace) -> dict:
     cfg = setup(args)
     logger = logging.getLogger("mask2former.train_net")
-    model = build_model(cfg)
+    model = build_model(with_evaluation_formats(cfg))
     checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     if not cfg.MODEL.WEIGHTS and not (args.resume and checkpointer.has_checkpoint()):
         logger.warning("MODEL.WEIGHTS is empty: the weights are random, and so are the results")
@@ -152,11 +191,18 @@ def evaluate(args: argparse.Namespace) -> dict:
     return results
 
 
-def main(args: argparse.Namespace) -> dict:
+def train(args: argparse.Namespace) -> dict | None:
+    cfg = setup(args)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def main(args: argparse.Namespace) -> dict | None:
     """What every process of the job runs."""
     try:
-        return evaluate(args)
-    except BackendError as error:
+        return evaluate(args) if args.eval_only else train(args)
+    except (BackendError, AnnotationError) as error:
         if comm.get_world_size() == 1:
             raise UsageError(error) from error
         # An exception would end in the tracebacks of all processes.

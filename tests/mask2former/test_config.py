@@ -212,7 +212,8 @@ def test_release_defaults():
         0.3,
     )
     assert (cfg.INPUT.IMAGE_SIZE, cfg.INPUT.SIZE_DIVISIBILITY) == (1024, -1)
-    # The three keys the release does not have leave its behaviour as it is.
+    # The keys the release does not have leave its behaviour as it is.
+    assert (mask_former.TEST.INSTANCE_FORMAT, mask_former.TEST.SEMANTIC_FORMAT) == ("auto", "auto")
     assert (cfg.MODEL.BACKEND, mask_former.TEST.BOXES_FROM_MASKS, cfg.TEST.BATCH_SIZE) == ("torch", False, 1)
 
 

@@ -110,9 +110,9 @@ def test_caches_of_inference_mode_serve_later_training(model):
     model.zero_grad()
 
 
-def test_training_mode_says_that_training_is_not_there_yet():
+def test_training_mode_without_annotations_says_what_is_missing():
     model = build_model(mini_cfg("resnet50-mini"))
-    with pytest.raises(NotImplementedError, match=r"model.eval\(\)"):
+    with pytest.raises(ValueError, match=r"no 'instances'.*model.eval\(\)"):
         model([{"image": random_image(32, 32)}])
 
 

@@ -84,9 +84,99 @@ def run(train_net, capsys, monkeypatch):
     return refused
 
 
-def test_training_is_refused(run):
-    message = run("--config-file", CONFIG)
-    assert "training is not there yet" in message and "--eval-only" in message
+TRAIN = ("--config-file", CONFIG, "MODEL.DEVICE", "cpu")
+
+
+@pytest.fixture
+def trainable(train_net, available, monkeypatch):
+    """As if the training set were there too."""
+    monkeypatch.setattr(train_net, "check_train_sets", lambda cfg: None)
+
+
+def test_training_set_that_is_not_there(run, available, tmp_path):
+    register_shapes(str(tmp_path / "absent"), "shapes_trainnet2")
+    message = run(*TRAIN, "DATASETS.TRAIN", "('shapes_trainnet2_train_panoptic',)")
+    assert str(tmp_path / "absent") in message and "make_shapes_dataset.py" in message
+    assert "DATASETS.TRAIN is empty" in run(*TRAIN, "DATASETS.TRAIN", "()")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        (("INPUT.DATASET_MAPPER_NAME", "coco"), "'coco'; allowed: 'mask_former_semantic'"),
+        (("SOLVER.IMS_PER_BATCH", "0"), "SOLVER.IMS_PER_BATCH is 0"),
+        (("MODEL.RESNETS.NORM", "SyncBN"), "MODEL.RESNETS.NORM SyncBN trains on GPUs only"),
+        (("MODEL.WEIGHTS", "nope.pkl"), "MODEL.WEIGHTS nope.pkl: there is no such file"),
+    ],
+)
+def test_mistakes_in_training_keys(run, trainable, override, message):
+    assert message in run(*TRAIN, *override)
+
+
+def test_batch_that_the_gpus_cannot_share(run, trainable, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    message = run("--config-file", CONFIG, "--num-gpus", "3", "MODEL.DEVICE", "cuda")
+    assert "SOLVER.IMS_PER_BATCH is 16, for all 3 GPUs together" in message
+
+
+def test_resumed_training_does_not_need_the_weights_it_began_with(
+    train_net, trainable, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(REPO_ROOT)
+    words = [*TRAIN, "MODEL.WEIGHTS", "gone.pkl", "OUTPUT_DIR", str(tmp_path)]
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    arguments = train_net.build_parser().parse_args(["--resume", *words])
+    assert train_net.load_config(arguments).MODEL.WEIGHTS == "gone.pkl"
+    with pytest.raises(train_net.UsageError, match=r"gone\.pkl: there is no such file"):
+        train_net.load_config(train_net.build_parser().parse_args(words))
+
+
+@pytest.mark.slow
+def test_training_end_to_end(tmp_path):
+    """The whole command on the CPU: iterations, evaluation in between, a checkpoint, and on from it."""
+    make_shapes_dataset(tmp_path / "shapes", ShapesOptions(train=4, val=2, min_size=48, max_size=64))
+    words = [*TRAIN, "SOLVER.IMS_PER_BATCH", "2", "INPUT.IMAGE_SIZE", "64", "INPUT.MIN_SIZE_TEST", "64"]
+    words += ["MODEL.MASK_FORMER.TRAIN_NUM_POINTS", "128", "SOLVER.STEPS", "()", "TEST.EVAL_PERIOD", "2"]
+    words += ["DATALOADER.NUM_WORKERS", "1", "SOLVER.CHECKPOINT_PERIOD", "1", "MODEL.BACKEND", "tensorrt"]
+
+    def train(*more: str) -> str:
+        result = subprocess.run(
+            [
+                sys.executable,
+                "tools/train_net.py",
+                *more[:1],
+                *words,
+                *more[1:],
+                "OUTPUT_DIR",
+                str(tmp_path / "out"),
+            ],
+            cwd=REPO_ROOT,
+            env={
+                **os.environ,
+                "DETECTRON2_DATASETS": str(tmp_path),
+                "CUDA_VISIBLE_DEVICES": "",
+                "OMP_NUM_THREADS": "1",
+            },
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        return result.stdout
+
+    told = train("--resume", "SOLVER.MAX_ITER", "3")
+    assert told.count("training, and the evaluations in it, run in PyTorch; MODEL.BACKEND tensorrt") == 1
+    assert "there is no checkpoint in" in told and "Starting training from iteration 0" in told
+    assert told.count("Evaluation results for shapes_val_panoptic in csv format") == 2
+    results = json.loads((tmp_path / "out" / "inference" / "results.json").read_text())
+    assert set(METRICS) <= set(results["shapes_val_panoptic"]) and results["backend"]["backend"] == "torch"
+    assert (tmp_path / "out" / "model_final.pth").is_file()
+    # Interrupted after the second of then five iterations, as it were.
+    (tmp_path / "out" / "last_checkpoint").write_text("model_0000001.pth")
+    told = train("--resume", "SOLVER.MAX_ITER", "5", "DATASETS.TEST", "()")
+    assert "Starting training from iteration 2" in told and "Loading scheduler from state_dict" in told
+    saved = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)
+    assert saved["iteration"] == 4
 
 
 def test_config_is_required(run):
@@ -277,6 +367,6 @@ def test_each_process_of_several_says_what_is_wrong_itself(train_net, monkeypatc
     monkeypatch.setattr(train_net, "evaluate", fail)
     monkeypatch.setattr(train_net.comm, "get_world_size", lambda: 2)
     with pytest.raises(SystemExit) as error:
-        train_net.main(None)
+        train_net.main(train_net.build_parser().parse_args(["--eval-only"]))
     assert error.value.code == 2
     assert capsys.readouterr().err == "train_net.py: no engine\n"

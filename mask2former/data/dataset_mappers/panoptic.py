@@ -1,0 +1,68 @@
+"""Training on panoptic annotations: a PNG of segment ids, and a list that gives each id its class."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from detectron2.data import detection_utils
+
+from ...evaluation.panoptic_quality import rgb_to_ids
+from .base import TrainMapper, category_crop, large_scale_jitter, read_semantic_map, resize_and_crop
+
+
+class _PanopticMapper(TrainMapper):
+    def _segments(self, record, size, transforms, inputs):
+        if "pan_seg_file_name" not in record or "segments_info" not in record:
+            raise ValueError(
+                "the record has no pan_seg_file_name and segments_info, which a panoptic INPUT.DATASET_MAPPER_NAME needs; "
+                "name a panoptic data set in DATASETS.TRAIN, or another mapper"
+            )
+        rgb = detection_utils.read_image(record["pan_seg_file_name"], "RGB")
+        if rgb.shape[:2] != tuple(size):
+            raise ValueError(
+                f"the panoptic map {record['pan_seg_file_name']} is {rgb.shape[0]}x{rgb.shape[1]} (height x width), the "
+                f"image {size[0]}x{size[1]}"
+            )
+        ids = rgb_to_ids(transforms.apply_segmentation(rgb))  # (H, W)
+        segments = [s for s in record["segments_info"] if not s.get("iscrowd", 0)]
+        wanted = np.array([s["id"] for s in segments], dtype=ids.dtype)
+        # As in the release, a segment that the crop removed stays, with an empty mask.
+        return [s["category_id"] for s in segments], torch.from_numpy(ids[None] == wanted[:, None, None])
+
+
+class MaskFormerPanopticDatasetMapper(_PanopticMapper):
+    """Things and stuff, resized and cropped (INPUT.DATASET_MAPPER_NAME mask_former_panoptic).
+
+    Source: the Mask2Former release, whose augmentations and segments these are.
+    """
+
+    @staticmethod
+    def build_augmentations(cfg):
+        return resize_and_crop(cfg, category_crop(cfg))
+
+    @property
+    def _crop_reads_categories(self) -> bool:
+        return any(getattr(a, "single_category_max_area", 1.0) < 1.0 for a in self.augmentations.augs)
+
+    def _semantic_map(self, record, size):
+        return read_semantic_map(record, size) if self._crop_reads_categories else None
+
+
+class COCOPanopticNewBaselineDatasetMapper(_PanopticMapper):
+    """Things and stuff with large-scale jitter (INPUT.DATASET_MAPPER_NAME coco_panoptic_lsj).
+
+    Source: the Mask2Former release, whose augmentations and segments these are.
+    """
+
+    @staticmethod
+    def build_augmentations(cfg):
+        return large_scale_jitter(cfg)
+
+    @classmethod
+    def from_config(cls, cfg, is_train=True):
+        # The crop has padded to INPUT.IMAGE_SIZE already.
+        return {**super().from_config(cfg, is_train), "size_divisibility": -1}
+
+    @property
+    def fixed_size(self) -> bool:
+        return True

@@ -1,0 +1,256 @@
+"""Batches for training, the same whatever the number of worker processes, from any iteration on."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from .dataset_mappers import build_train_mapper
+from .datasets.catalog import require_paths
+
+# Fields of metadata that name files or directories. json_file of a panoptic data set is not read in training.
+_PATHS = ("image_root", "image_dir", "gt_dir", "json_file", "panoptic_root", "panoptic_json", "sem_seg_root")
+
+
+class AnnotationError(ValueError):
+    """A record of a training set cannot be used; the message says which one, and why."""
+
+
+def check_train_sets(cfg: CfgNode) -> None:
+    """Fail early where a data set of DATASETS.TRAIN cannot be trained on, without reading it.
+
+    Raises:
+        ValueError: DATASETS.TRAIN is empty.
+        KeyError: a data set is not registered.
+        FileNotFoundError: files of it are missing; the message says which.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN is empty: name at least one data set to train on")
+    for name in cfg.DATASETS.TRAIN:
+        if name not in DatasetCatalog.list():
+            raise KeyError(
+                f"DATASETS.TRAIN names {name!r}, which is not registered. Registered: "
+                + ", ".join(sorted(DatasetCatalog.list()))
+            )
+        metadata = MetadataCatalog.get(name)
+        unread = {"json_file"} if metadata.get("panoptic_json") else set()
+        needed = [path for key in _PATHS if key not in unread and (path := metadata.get(key))]
+        try:
+            require_paths(name, needed)
+        except FileNotFoundError as error:
+            if not name.startswith("shapes_"):
+                raise
+            raise FileNotFoundError(f"{error}\nTo draw it: python tools/make_shapes_dataset.py") from error
+
+
+class TrainLoader:
+    """An endless iterable of batches, lists of mapped records, of this process of a job.
+
+    The random numbers of an image's augmentation follow from the seed and the image's place in the stream alone, so that
+    batches depend neither on the number of workers nor on where the stream was entered: a resumed job sees what it would
+    have seen. Nothing is read before the first batch is asked for; until then `seed` and `start_batch` can be set.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[dict],
+        mapper: Callable[[dict], dict],
+        make_sampler: Callable[[int], Iterable[int]],
+        *,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        shape_of: Callable[[dict], tuple[int, int]] | None = None,
+    ):
+        """
+        Args:
+            make_sampler: from the seed, an endless stream of places in `records` for this process.
+            batch_size: images of a batch of this process.
+            seed: the same on all processes.
+            shape_of: (height, width) of a record's image; where given, a batch has upright images only, or others only.
+        """
+        self.records = DatasetFromList(list(records), copy=False)
+        self.mapper = mapper
+        self.make_sampler = make_sampler
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.shape_of = shape_of
+        self.start_batch = 0
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        places = self._grouped(iter(self.make_sampler(self.seed)))
+        keys = itertools.islice(enumerate(places), self.start_batch * self.batch_size, None)
+        more = {}
+        if self.num_workers:
+            # Enough for the next batch, which is made while the model works on this one.
+            more["prefetch_factor"] = max(2, -(-self.batch_size // self.num_workers))
+        loader = DataLoader(
+            _SeededDataset(self.records, self.mapper, self.seed, comm.get_rank()),
+            sampler=_Keys(keys),
+            batch_size=None,
+            num_workers=self.num_workers,
+            collate_fn=_as_is,
+            # Its own, or its start would draw from the model's random numbers.
+            generator=torch.Generator().manual_seed(self.seed),
+            **more,
+        )
+        images = iter(loader)
+        while True:
+            yield list(itertools.islice(images, self.batch_size))
+
+    def _grouped(self, places: Iterator[int]) -> Iterator[int]:
+        """The stream in the order of its batches."""
+        if self.shape_of is None:
+            yield from places
+            return
+        upright: dict[int, bool] = {}
+        waiting: dict[bool, list[int]] = {True: [], False: []}
+        for place in places:
+            if place not in upright:
+                height, width = self.shape_of(self.records[place])
+                upright[place] = height >= width
+            group = waiting[upright[place]]
+            group.append(place)
+            if len(group) == self.batch_size:
+                yield from group
+                group.clear()
+
+
+def build_train_loader(
+    cfg: CfgNode, mapper: Callable[[dict], dict] | None = None, *, seed: int | None = None
+) -> TrainLoader:
+    """Batches of DATASETS.TRAIN for this process of a job.
+
+    Args:
+        cfg: SOLVER.IMS_PER_BATCH images make a batch of all processes. DATALOADER.SAMPLER_TRAIN, REPEAT_THRESHOLD,
+            FILTER_EMPTY_ANNOTATIONS and NUM_WORKERS mean what they mean in detectron2, and so does ASPECT_RATIO_GROUPING
+            where images come out in several sizes; where they all have one it is not needed.
+        mapper: by default the one of INPUT.DATASET_MAPPER_NAME.
+        seed: of order and augmentation, the same on all processes; by default SEED, or a random one where that is negative.
+
+    Raises:
+        ValueError: a key has a value that it cannot have.
+    """
+    world = comm.get_world_size()
+    images = cfg.SOLVER.IMS_PER_BATCH
+    if images < 1 or images % world:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {images}, for all {world} processes together: must be a multiple of their number"
+        )
+    if mapper is None:
+        mapper = build_train_mapper(cfg)
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    if seed is None:
+        seed = training_seed(cfg)
+    group = cfg.DATALOADER.ASPECT_RATIO_GROUPING and not getattr(mapper, "fixed_size", False)
+    return TrainLoader(
+        records,
+        mapper,
+        _sampler_maker(cfg, records),
+        batch_size=images // world,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        seed=seed,
+        shape_of=_image_shape if group else None,
+    )
+
+
+def training_seed(cfg: CfgNode) -> int:
+    """SEED, or where that is negative a random number that all processes agree on."""
+    return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed of 32 bits for a place of a job; other places get other, unrelated ones."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _sampler_maker(cfg: CfgNode, records: list[dict]) -> Callable[[int], Iterable[int]]:
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        return lambda seed: TrainingSampler(len(records), seed=seed)
+    if name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            records, cfg.DATALOADER.REPEAT_THRESHOLD
+        )
+        return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
+    raise ValueError(
+        f"DATALOADER.SAMPLER_TRAIN is {name!r}; allowed: 'TrainingSampler', 'RepeatFactorTrainingSampler'"
+    )
+
+
+def _image_shape(record: dict) -> tuple[int, int]:
+    """(height, width), from the image's header where the record does not say."""
+    if "height" in record and "width" in record:
+        return record["height"], record["width"]
+    with PathManager.open(record["file_name"], "rb") as f, Image.open(f) as image:
+        width, height = image.size
+        # Orientations of EXIF that lie on their side; detectron2 turns them.
+        turned = image.getexif().get(0x0112, 1) >= 5
+    return (width, height) if turned else (height, width)
+
+
+class _Keys:
+    """A sampler of what is left of an iterator."""
+
+    def __init__(self, keys: Iterator[tuple[int, int]]):
+        self._keys = keys
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return self._keys
+
+
+class _SeededDataset(Dataset):
+    """Mapped records by (place in the stream, place in the data set)."""
+
+    def __init__(self, records: Dataset, mapper: Callable[[dict], dict], seed: int, rank: int):
+        self._records = records
+        self._mapper = mapper
+        self._seed = seed
+        self._rank = rank
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        position, place = key
+        record = self._records[place]
+        with _random_state(derived_seed(self._seed, self._rank, position)):
+            try:
+                return self._mapper(record)
+            except (ValueError, KeyError, OSError) as error:
+                # Not the class of the error: not all of them survive the way out of a worker.
+                reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+                raise AnnotationError(
+                    f"{record.get('file_name', f'record {place}')} cannot be trained on: {reason}"
+                ) from error
+
+
+@contextlib.contextmanager
+def _random_state(seed: int) -> Iterator[None]:
+    """Other random numbers inside; outside they go on as if nothing had been drawn."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def _as_is(record: dict) -> dict:
+    return record
