@@ -4,10 +4,14 @@ The results are those of the Mask2Former release, ties included. What differs is
 class logits alone is computed for the whole batch and read by the host once, so that each image then resizes only the
 masks that are needed; the areas of the panoptic segments of all images are read once more at the end. No loop over queries
 touches the device, and no temporary grows with queries times pixels beyond the mask logits at the output size.
+
+On a GPU with the kernels of csrc/ built, postprocessing_cuda.py does the same faster and in less memory; what is here is
+the CPU's way, that of other GPUs, and what the kernels are tested against.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +20,17 @@ from detectron2.utils.memory import retry_if_cuda_oom
 from torch import Tensor
 from torch.nn import functional as F
 
+from .postprocessing_cuda import postprocess_cuda, why_not
+from .rle import RLEMasks
+
+logger = logging.getLogger(__name__)
+
 # Temporaries beside the mask logits stay near this many bytes; smaller pieces suit a CPU's caches.
 CUDA_CHUNK_BYTES = 256 << 20
 CPU_CHUNK_BYTES = 16 << 20
+
+INSTANCE_FORMATS = ("bitmask", "rle")
+SEMANTIC_FORMATS = ("scores", "labels")
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,18 @@ class PostprocessOptions:
     topk: int = 100
     resize_before_inference: bool = True
     boxes_from_masks: bool = False
+    instance_format: str = "bitmask"  # or "rle"
+    semantic_format: str = "scores"  # or "labels"
+
+    def __post_init__(self):
+        for key, value, allowed in (
+            ("INSTANCE_FORMAT", self.instance_format, INSTANCE_FORMATS),
+            ("SEMANTIC_FORMAT", self.semantic_format, SEMANTIC_FORMATS),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"MODEL.MASK_FORMER.TEST.{key} is {value!r}; expected one of auto, {', '.join(allowed)}"
+                )
 
     @classmethod
     def from_config(cls, cfg) -> PostprocessOptions:
@@ -58,6 +82,9 @@ class PostprocessOptions:
             or test.PANOPTIC_ON
             or test.INSTANCE_ON,
             boxes_from_masks=test.BOXES_FROM_MASKS,
+            # "auto" is for tools/train_net.py to settle; everyone else gets the release's outputs.
+            instance_format="bitmask" if test.INSTANCE_FORMAT == "auto" else test.INSTANCE_FORMAT,
+            semantic_format="scores" if test.SEMANTIC_FORMAT == "auto" else test.SEMANTIC_FORMAT,
         )
 
 
@@ -81,6 +108,7 @@ def postprocess(
     output_sizes: list[tuple[int, int]],
     options: PostprocessOptions,
     thing_classes: frozenset[int] = frozenset(),
+    fused: bool | None = None,
 ) -> list[dict]:
     """Results of a batch.
 
@@ -89,10 +117,31 @@ def postprocess(
         pred_masks: (B, Q, h, w) logits over the padded image at any stride.
         padded_size, image_sizes, output_sizes: (height, width) in pixels; images lie at the top left of the padding.
         thing_classes: contiguous ids of the thing classes, for the panoptic task.
+        fused: by the CUDA kernels (True), without them (False), or by them where they can (None).
 
     Returns:
-        for each image the dict that MaskFormer.forward describes.
+        for each image the dict that MaskFormer.forward describes. With instance_format "rle" the instances have
+        pred_masks_rle, an RLEMasks, instead of pred_masks; with semantic_format "labels" there is sem_seg_labels, each
+        pixel's class of the highest score, (height, width) int64, instead of sem_seg.
+
+    Raises:
+        ValueError: fused is True, but the kernels cannot do this; the message says why.
     """
+    reason = "" if fused is False else why_not(pred_logits, pred_masks, output_sizes, options)
+    if fused and reason:
+        raise ValueError(f"postprocess(fused=True): {reason}")
+    if fused is not False and not reason:
+        results = _fused_if_memory_allows(
+            pred_logits,
+            pred_masks,
+            padded_size=padded_size,
+            image_sizes=image_sizes,
+            output_sizes=output_sizes,
+            options=options,
+            thing_classes=thing_classes,
+        )
+        if results is not None:
+            return results
     pred_logits = pred_logits.float()
     probs = pred_logits.softmax(-1)  # (B, Q, K + 1)
     selections, instance_scores, instance_labels = _select(probs, options, thing_classes)
@@ -118,6 +167,22 @@ def postprocess(
     if options.panoptic_on:
         _finish_panoptic(results, segment_maps, areas, selections, options, thing_classes)
     return results
+
+
+def _fused_if_memory_allows(pred_logits: Tensor, pred_masks: Tensor, **kwargs) -> list[dict] | None:
+    """As retry_if_cuda_oom: again with PyTorch's cache emptied, then None, for the way that may end on the CPU."""
+    for attempt in ("first", "second"):
+        try:
+            return postprocess_cuda(pred_logits, pred_masks, **kwargs)
+        except torch.cuda.OutOfMemoryError as error:
+            message = str(error)
+        if attempt == "first":
+            torch.cuda.empty_cache()
+    logger.warning(
+        "The results of post-processing do not fit the GPU, so it goes image by image, on the CPU where it must: %s",
+        message,
+    )
+    return None
 
 
 def _select(
@@ -169,7 +234,8 @@ def _infer_image(
     """All that one image needs but the panoptic segments' ids: results, segment map, areas. Nothing waits here."""
     result: dict = {}
     if not options.resize_before_inference:
-        result["sem_seg"] = _semantic_then_resize(probs, masks, padded_size, image_size, output_size)
+        scores = _semantic_then_resize(probs, masks, padded_size, image_size, output_size)
+        _put_semantic(result, scores, options)
         return result, None, None
 
     if options.semantic_on:
@@ -183,7 +249,7 @@ def _infer_image(
 
     segment_map = area = None
     if options.semantic_on:
-        result["sem_seg"] = semantic_inference(probs[:, :-1], logits)
+        _put_semantic(result, semantic_inference(probs[:, :-1], logits), options)
     if options.panoptic_on:
         kept = _index(selection.panoptic_queries, masks.device)
         rows = _index([place[q] for q in selection.panoptic_queries], masks.device)
@@ -192,9 +258,21 @@ def _infer_image(
         ranks = _index(selection.instance_ranks, masks.device)
         rows = _index([place[q] for q in selection.instance_queries], masks.device)
         result["instances"] = _instances(
-            instance_scores[ranks], instance_labels[ranks], logits, rows, options.boxes_from_masks
+            instance_scores[ranks],
+            instance_labels[ranks],
+            logits,
+            rows,
+            options.boxes_from_masks,
+            options.instance_format == "rle",
         )
     return result, segment_map, area
+
+
+def _put_semantic(result: dict, scores: Tensor, options: PostprocessOptions) -> None:
+    if options.semantic_format == "labels":
+        result["sem_seg_labels"] = scores.argmax(0)
+    else:
+        result["sem_seg"] = scores
 
 
 def resize_masks(
@@ -332,7 +410,12 @@ def _finish_panoptic(
 
 
 def _instances(
-    scores: Tensor, labels: Tensor, logits: Tensor, rows: Tensor, boxes_from_masks: bool
+    scores: Tensor,
+    labels: Tensor,
+    logits: Tensor,
+    rows: Tensor,
+    boxes_from_masks: bool,
+    as_rle: bool = False,
 ) -> Instances:
     """Instances of the given classes and class scores.
 
@@ -349,7 +432,10 @@ def _instances(
         mask_scores.append(total / (inside.flatten(1).sum(1) + 1e-6))
     mask_scores = torch.cat(mask_scores) if mask_scores else logits.new_zeros(0)
     result = Instances(tuple(logits.shape[1:]))
-    result.pred_masks = masks[rows]  # (N, height, width)
+    if as_rle:
+        result.pred_masks_rle = RLEMasks.encode(masks)[rows]
+    else:
+        result.pred_masks = masks[rows]  # (N, height, width)
     result.pred_boxes = _boxes(masks, rows) if boxes_from_masks else Boxes(torch.zeros(len(rows), 4))
     result.scores = scores * mask_scores[rows]
     result.pred_classes = labels

@@ -15,7 +15,14 @@ from detectron2.structures import ImageList
 from mask2former import add_maskformer2_config
 
 # Keys that an official checkout does not know.
-OURS = ("MODEL.BACKEND", "MODEL.TENSORRT.", "MODEL.MASK_FORMER.TEST.BOXES_FROM_MASKS", "TEST.BATCH_SIZE")
+OURS = (
+    "MODEL.BACKEND",
+    "MODEL.TENSORRT.",
+    "MODEL.MASK_FORMER.TEST.BOXES_FROM_MASKS",
+    "MODEL.MASK_FORMER.TEST.INSTANCE_FORMAT",
+    "MODEL.MASK_FORMER.TEST.SEMANTIC_FORMAT",
+    "TEST.BATCH_SIZE",
+)
 
 
 def build_cfg(args: argparse.Namespace, device: str) -> CfgNode:

@@ -219,7 +219,8 @@ class Setup:
         detectron2 = digest(base, self.source.spec, self.source.native, self.source.content_key(), converter)
         packages = [name for name in ("mask2former", "d2_trt") if (ROOT / name).is_dir()]
         recipe = [(ROOT / name).read_text() for name in ("setup.py", "pyproject.toml")]
-        project = digest(detectron2, recipe, packages)
+        kernels = [(str(p.relative_to(ROOT)), p.read_text()) for p in sorted((ROOT / "csrc").rglob("*.*"))]
+        project = digest(detectron2, recipe, packages, kernels, kernel_environment())
         return {"base": base, "detectron2": detectron2, "project": project}
 
     def outdated(self, wanted: dict[str, str]) -> list[str]:
@@ -302,7 +303,17 @@ class Setup:
 
     def install_project(self) -> None:
         self.console.stage("this project, editable")
-        self.pip("install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+        install = [
+            "install",
+            "--progress-bar",
+            "off",
+            "--no-deps",
+            "--no-build-isolation",
+            "--editable",
+            str(ROOT),
+        ]
+        env = {**clean_environment(), **kernel_environment()}
+        self.command([str(self.python), "-m", "pip", *install], env=env)
         self.console.done()
 
     def check_imports(self) -> str:
@@ -329,6 +340,16 @@ class Setup:
 
     def command(self, command: list[str], env: dict[str, str] | None = None) -> str:
         return self.console.run(command, env=env or clean_environment(), keep_open=(self.lock,))
+
+
+def kernel_environment() -> dict[str, str]:
+    """What decides how setup.py compiles csrc/: its variables, and which nvcc there is."""
+    names = ("CUDA_HOME", "CUDA_PATH", "TENSORRT_INCLUDE_DIR", "D2_TRT_CUDA_ARCHS", "D2_TRT_KERNELS")
+    env = {name: os.environ[name] for name in names if name in os.environ}
+    if shutil.which("nvidia-smi") is None:
+        # No card to compile for: one architecture and its PTX, which newer cards take, instead of four.
+        env.setdefault("D2_TRT_CUDA_ARCHS", "80")
+    return env
 
 
 def read_lock(path: Path) -> list[str]:

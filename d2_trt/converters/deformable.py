@@ -1,16 +1,19 @@
-"""Converters of multi-scale deformable attention: NVIDIA's plugin, or TensorRT's own layers."""
+"""Converters of multi-scale deformable attention: our plugin, NVIDIA's, or TensorRT's own layers."""
 
 from __future__ import annotations
+
+import weakref
 
 import numpy as np
 import torch
 
-from .. import compat
+from .. import compat, plugin
 from ..errors import ConversionError
 from .registry import converts
 
 _F32 = {"compute": torch.float32, "out": torch.float32}
-STOCK_PLUGIN = "MultiscaleDeformableAttnPlugin_TRT"
+# Sizes of a pyramid's levels as a tensor, by graph: all layers of the encoder share it.
+_level_sizes_of: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @converts("mask2former.modeling.pixel_decoder.ms_deform_attn.MSDeformAttnCore.forward")
@@ -18,11 +21,43 @@ def ms_deform_attn_core(g, result, module, value, sampling_offsets, attention_lo
     maps = [g.tensor(m) for m in spatial_shapes.maps]
     sizes = [(g.size(m, 2), g.size(m, 3)) for m in maps]
     value, offsets, logits = g.tensor(value), g.tensor(sampling_offsets), g.tensor(attention_logits)
+    if g.msda == "plugin":
+        return _plugin(g, value, offsets, logits, sizes)
     weights = g.softmax(logits, -1, **_F32)
     locations = _locations(g, offsets, sizes)
     points = sampling_offsets.shape[4]
     compute = {"stock": _stock_plugin, "native": _native}[g.msda]
     return compute(g, value, locations, weights, sizes, points)
+
+
+def _plugin(g, value, offsets, logits, sizes):
+    """Our plugin, which computes in float32 whatever it is given.
+
+    It takes each tensor in the type in which the linear layer before it gives it, as the precision policy says; float32 for
+    offsets and logits where those differ from the value's. So a cast would change no number, and casts there are none.
+    """
+    module = g.current_module().removesuffix(".core")
+    dtypes = {
+        name: g.compute_dtype(f"{module}.{name}")
+        for name in ("value_proj", "sampling_offsets", "attention_weights")
+    }
+    value_dtype = dtypes["value_proj"]
+    sampling_dtype = value_dtype if len(set(dtypes.values())) == 1 else torch.float32
+    offsets, logits = (g.cast(t, sampling_dtype) for t in (offsets, logits))
+    inputs = [g.cast(value, value_dtype), offsets, logits, _level_sizes(g, sizes)]
+    return plugin.add_layer(g.network, inputs, value_dtype, sampling_dtype).get_output(0)
+
+
+def _level_sizes(g, sizes):
+    """(levels, 2) int32 on the device: height and width of each level."""
+    made = _level_sizes_of.setdefault(g, {})
+    key = tuple(sizes)
+    if key not in made:
+        rows = [g.shape_tensor([height, width]) for height, width in sizes]
+        layer = g.network.add_shuffle(g.cast(g.network.add_concatenation(rows).get_output(0), torch.int32))
+        layer.reshape_dims = (len(sizes), 2)
+        made[key] = layer.get_output(0)
+    return made[key]
 
 
 def _locations(g, offsets, sizes):
@@ -47,33 +82,25 @@ def _locations(g, offsets, sizes):
 
 def _stock_plugin(g, value, locations, weights, sizes, points):
     """NVIDIA's plugin. Its float16 kernel rounds coordinates to half, so it always gets float32."""
-    creator = compat.plugin_creator(STOCK_PLUGIN)
+    creator = compat.plugin_creator(plugin.STOCK)
     if creator is None:
         raise ConversionError(
-            f"TensorRT's plugin {STOCK_PLUGIN} is not registered: is libnvinfer_plugin installed? "
+            f"TensorRT's plugin {plugin.STOCK} is not registered: is libnvinfer_plugin installed? "
             "MODEL.TENSORRT.MSDA native does without it"
         )
-    plugin = creator.create_plugin("msda", g.trt.PluginFieldCollection([]))
-    levels = len(sizes)
-    int32 = torch.int32
-    rows, starts, start = [], [], 0
+    made = creator.create_plugin("msda", g.trt.PluginFieldCollection([]))
+    starts, start = [], 0
     for height, width in sizes:
-        rows.append(g.shape_tensor([height, width]))
         starts.append(g.shape_tensor([start]))
         start = g.add(start, g.mul(height, width))
-
-    def joined(parts):
-        return g.cast(g.network.add_concatenation(parts).get_output(0), int32)
-
-    shapes = g.network.add_shuffle(joined(rows))
-    shapes.reshape_dims = (levels, 2)
+    starts = g.cast(g.network.add_concatenation(starts).get_output(0), torch.int32)
     heads = value.shape[2]
-    weights = g.reshape(weights, [g.size(weights, 0), g.size(weights, 1), heads, levels, points])
+    weights = g.reshape(weights, [g.size(weights, 0), g.size(weights, 1), heads, len(sizes), points])
 
     def add(v, locations, weights):
-        inputs = [v, shapes.get_output(0), joined(starts), locations, weights]
+        inputs = [v, _level_sizes(g, sizes), starts, locations, weights]
         if hasattr(g.network, "add_plugin_v2"):
-            return g.network.add_plugin_v2(inputs, plugin)
+            return g.network.add_plugin_v2(inputs, made)
         raise ConversionError("this TensorRT has no add_plugin_v2; use MODEL.TENSORRT.MSDA native")
 
     # Cast outright, also where networks are weakly typed: a plugin takes no other type than the tensor's.

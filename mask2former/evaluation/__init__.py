@@ -1,6 +1,7 @@
 """Evaluators for AP, PQ and mIoU, and the loop that runs them."""
 
 from .build import build_evaluator, check_test_sets
+from .formats import with_evaluation_formats
 from .inference import describe_backend, evaluate_model, save_results
 from .instance_evaluation import InstanceSegEvaluator
 from .panoptic_evaluation import PanopticEvaluator
@@ -17,4 +18,5 @@ __all__ = [
     "evaluate_model",
     "pq_compute",
     "save_results",
+    "with_evaluation_formats",
 ]

@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, LVISEvaluator, SemSegEvaluator
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
 from ..data.datasets.catalog import require_paths
 from .cityscapes import build_cityscapes_evaluator
+from .formats import LVISSegEvaluator, SemSegEvaluator
 from .instance_evaluation import InstanceSegEvaluator
 from .panoptic_evaluation import PanopticEvaluator
 
@@ -23,7 +24,7 @@ def _semantic(name: str, folder: str) -> DatasetEvaluator:
 def _lvis(name: str, folder: str) -> DatasetEvaluator:
     if importlib.util.find_spec("lvis") is None:
         raise ImportError(f"evaluating {name} needs LVIS's API: pip install lvis")
-    return LVISEvaluator(name, output_dir=folder)
+    return LVISSegEvaluator(name, output_dir=folder)
 
 
 def _cityscapes_semantic(name: str, folder: str) -> DatasetEvaluator:

@@ -12,8 +12,20 @@ import types
 from detectron2.evaluation import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 
+from .formats import DecodingMixin, LabelsMixin
+
 _PREFIX = "deeplearning.projects.cityscapesApi"
-_KINDS = {"sem_seg": CityscapesSemSegEvaluator, "instance": CityscapesInstanceEvaluator}
+
+
+class _SemSegEvaluator(LabelsMixin, CityscapesSemSegEvaluator):
+    pass
+
+
+class _InstanceEvaluator(DecodingMixin, CityscapesInstanceEvaluator):
+    pass
+
+
+_KINDS = {"sem_seg": _SemSegEvaluator, "instance": _InstanceEvaluator}
 
 
 def build_cityscapes_evaluator(kind: str, dataset_name: str) -> DatasetEvaluator:

@@ -8,8 +8,10 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
 from pycocotools.cocoeval import COCOeval
 
+from .formats import RLEMixin
 
-class InstanceSegEvaluator(COCOEvaluator):
+
+class InstanceSegEvaluator(RLEMixin, COCOEvaluator):
     """detectron2's COCOEvaluator where the contiguous ids of things need not be 0 .. N - 1.
 
     In a data set with things and stuff, as ADE20K's panoptic form, the things' ids have gaps. They are closed
@@ -45,8 +47,8 @@ class InstanceSegEvaluator(COCOEvaluator):
         """
         Args:
             inputs: with "image_id".
-            outputs: with "instances": pred_masks (N, H, W) bool, pred_boxes, scores, and pred_classes as
-                contiguous ids.
+            outputs: with "instances": pred_masks (N, H, W) bool, or pred_masks_rle, an RLEMasks; pred_boxes, scores,
+                and pred_classes as contiguous ids.
 
         Raises:
             ValueError: a predicted class is not a thing of the data set.

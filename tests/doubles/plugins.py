@@ -1,13 +1,20 @@
-"""The plug-in registry with NVIDIA's deformable attention, and the layers of plug-ins."""
+"""The plug-in registry with NVIDIA's deformable attention and ours, and the layers of plug-ins."""
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+
+import numpy as np
 from torch.nn import functional as F
+
+from mask2former.modeling.pixel_decoder.ms_deform_attn_reference import ms_deform_attn_reference
 
 from .layer import FakeLayer
 from .trt_api import Api, ApiObject, Refused
 
 MSDA = "MultiscaleDeformableAttnPlugin_TRT"
+OURS, OUR_NAMESPACE = "D2TRTMSDeformAttn", "d2_trt"
 
 
 def deformable_attention(value, shapes, starts, locations, weights):
@@ -37,13 +44,14 @@ def deformable_attention(value, shapes, starts, locations, weights):
 
 
 class FakePlugin(ApiObject):
-    """IPluginV2 or IPluginV3 of NVIDIA's deformable attention."""
+    """IPluginV2 or IPluginV3 of a deformable attention."""
 
-    def __init__(self, api: Api, kind: str):
+    def __init__(self, api: Api, kind: str, name: str, fields: dict[str, int]):
         super().__init__(api, kind)
+        self._name, self._fields = name, fields
         self._values = {
             "num_outputs": 1,
-            "plugin_type": MSDA,
+            "plugin_type": name,
             "plugin_version": "1",
             "plugin_namespace": "",
             "tensorrt_version": 0,
@@ -52,14 +60,14 @@ class FakePlugin(ApiObject):
 
 
 class FakeCreator(ApiObject):
-    """IPluginCreator (version 1) or IPluginCreatorV3One (version 2, from TensorRT 10.11 on)."""
+    """IPluginCreator or IPluginCreatorV3One."""
 
-    def __init__(self, api: Api, kind: str, version: str):
+    def __init__(self, api: Api, kind: str, version: str, name: str = MSDA, namespace: str = ""):
         super().__init__(api, kind)
         self._values = {
-            "name": MSDA,
+            "name": name,
             "plugin_version": version,
-            "plugin_namespace": "",
+            "plugin_namespace": namespace,
             "field_names": api.trt.PluginFieldCollection(),
         }
 
@@ -68,7 +76,30 @@ class FakeCreator(ApiObject):
             raise TypeError(
                 f"field_collection must be PluginFieldCollection, not {type(field_collection).__name__}"
             )
-        return FakePlugin(self._api, "IPluginV2" if self._kind == "IPluginCreator" else "IPluginV3")
+        v3 = self._kind == "IPluginCreatorV3One"
+        if v3 and phase != self._api.trt.TensorRTPhase.BUILD:
+            raise TypeError(f"phase must be TensorRTPhase.BUILD, not {phase}")
+        fields = {field.name: self._int32(field) for field in field_collection}
+        if self._values["name"] == OURS and not self._possible(fields):
+            return None  # as TensorRT does; the plug-in's log says why
+        return FakePlugin(self._api, "IPluginV3" if v3 else "IPluginV2", self._values["name"], fields)
+
+    def _int32(self, field) -> int:
+        if field.type != self._api.trt.PluginFieldType.INT32 or field.size != 1:
+            raise Refused(f"field {field.name} must be one int32")
+        if isinstance(field.data, np.ndarray):
+            return int(field.data[0])
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer  # what the bindings of 8.6 give
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        return ctypes.c_int32.from_address(pointer(field.data, None)).value
+
+    def _possible(self, fields: dict[str, int]) -> bool:
+        types = range(3) if self._api.numbers >= (10, 0) else range(2)
+        return (
+            sorted(fields) == ["sampling_type", "value_type"]
+            and fields["value_type"] in types
+            and fields["sampling_type"] in (0, fields["value_type"])
+        )
 
 
 class FakeRegistry(ApiObject):
@@ -82,10 +113,20 @@ class FakeRegistry(ApiObject):
         self._values = {"parent_search_enabled": True, "error_recorder": None}
 
     def _register_nvidia(self) -> None:
-        if not self._creators:
+        if not any(c.name == MSDA for c in self._creators):
             self._creators.append(FakeCreator(self._api, "IPluginCreator", "1"))
             if self._api.numbers >= (10, 11):
                 self._creators.append(FakeCreator(self._api, "IPluginCreatorV3One", "2"))
+
+    def _has_ours(self) -> bool:
+        return any(c.name == OURS for c in self._creators)
+
+    def _forget_ours(self) -> None:
+        self._creators = [c for c in self._creators if c.name != OURS]
+
+    def _register_ours(self) -> None:
+        kind = "IPluginCreatorV3One" if self._api.numbers >= (10, 0) else "IPluginCreator"
+        self._creators.append(FakeCreator(self._api, kind, "1", OURS, OUR_NAMESPACE))
 
     @property
     def plugin_creator_list(self):
@@ -114,7 +155,11 @@ class FakeRegistry(ApiObject):
         return True
 
     def load_library(self, plugin_path):
-        raise Refused(f"the double loads no plug-in library: {plugin_path}")
+        """Ours, by its name, whatever the file holds; None of others, as TensorRT."""
+        if not Path(plugin_path).name.startswith("libd2_trt_plugins_trt") or self._has_ours():
+            return None
+        self._register_ours()
+        return object()  # a capsule
 
 
 class PluginLayer(FakeLayer):
@@ -122,7 +167,44 @@ class PluginLayer(FakeLayer):
 
     _max_inputs = 5
 
+    @property
+    def _ours(self) -> bool:
+        return self._values["plugin"]._name == OURS
+
     def _dtypes(self):
+        return self._dtypes_of_ours() if self._ours else self._dtypes_of_nvidia()
+
+    def _compute(self, *inputs):
+        return self._compute_ours(*inputs) if self._ours else self._compute_nvidia(*inputs)
+
+    def _dtypes_of_ours(self):
+        """Ours takes the types that it was made for; a weakly typed build converts in front of it."""
+        trt, fields = self._api.trt, self._values["plugin"]._fields
+        names = ("FLOAT", "HALF", "BF16")
+        value, sampling = (
+            getattr(trt.DataType, names[fields[f"{name}_type"]]) for name in ("value", "sampling")
+        )
+        dtypes, wanted = [tensor.dtype for tensor in self._inputs], [value, sampling, sampling, trt.int32]
+        if len(dtypes) != 4:
+            self._refuse(f"{len(dtypes)} inputs; {OURS} takes 4")
+        for given, want in zip(dtypes, wanted):
+            if given != want and (self._network._strong or not self._is_float(given) or want == trt.int32):
+                self._refuse(f"an input is {given.name}; the plug-in was made for {want.name}")
+        return [value]
+
+    def _compute_ours(self, value, offsets, logits, sizes):
+        if [x.dim() for x in (value, offsets, logits, sizes)] != [4, 6, 4, 2]:
+            self._refuse("ranks must be 4, 6, 4, 2")
+        levels, points = offsets.shape[3:5]
+        same = value.shape[:3]
+        if offsets.shape != (*same, levels, points, 2) or logits.shape != (*same, levels * points):
+            self._refuse(f"offsets and logits for a value of {tuple(value.shape)}")
+        shapes = [tuple(size) for size in sizes.tolist()]
+        if len(shapes) != levels or sum(h * w for h, w in shapes) != value.shape[1]:
+            self._refuse(f"levels {shapes} in {value.shape[1]} rows")
+        return ms_deform_attn_reference(value, offsets, logits, shapes)
+
+    def _dtypes_of_nvidia(self):
         trt = self._api.trt
         dtypes = [tensor.dtype for tensor in self._inputs]
         if len(dtypes) != 5:
@@ -135,7 +217,7 @@ class PluginLayer(FakeLayer):
             self._refuse("value, locations and weights must be of one type, float32 or float16")
         return [dtypes[0] if len(floats) == 1 else trt.float32]
 
-    def _compute(self, value, shapes, starts, locations, weights):
+    def _compute_nvidia(self, value, shapes, starts, locations, weights):
         if [x.dim() for x in (value, shapes, starts, locations, weights)] != [4, 2, 1, 6, 5]:
             self._refuse("ranks must be 4, 2, 1, 6, 5")
         levels, heads = shapes.shape[0], value.shape[2]
@@ -172,5 +254,5 @@ class PluginLayers:
         if not isinstance(plugin, FakePlugin) or plugin._kind != "IPluginV3":
             raise TypeError("add_plugin_v3 takes an IPluginV3")
         if shape_inputs:
-            raise Refused(f"{MSDA} takes no shape inputs")
+            raise Refused(f"{plugin._name} takes no shape inputs")
         return self._add(PluginV3Layer(self, inputs, plugin=plugin))

@@ -109,7 +109,11 @@ class FakeEngine(ApiObject):
         return FakeHostMemory(self._api, self._data)
 
     def create_execution_context(self, strategy=None):
-        return FakeContext(self._api, self)
+        without = strategy is not None and strategy.name == "USER_MANAGED"
+        return FakeContext(self._api, self, without_memory=without)
+
+    def create_execution_context_without_device_memory(self):
+        return FakeContext(self._api, self, without_memory=True)
 
     def create_engine_inspector(self):
         return FakeInspector(self._api, self)
@@ -192,9 +196,10 @@ class FakeContext(ApiObject):
         "temporary_allocator": as_any,
     }
 
-    def __init__(self, api: Api, engine: FakeEngine):
+    def __init__(self, api: Api, engine: FakeEngine, without_memory: bool = False):
         super().__init__(api)
         self._engine, self._shapes, self._addresses = engine, {}, {}
+        self._without_memory = without_memory
         for tensor in engine._network._inputs:
             if -1 not in tensor._declared[1]:
                 self._shapes[tensor.name] = tensor._declared[1]
@@ -206,7 +211,11 @@ class FakeContext(ApiObject):
             "debug_sync": False,
             "enqueue_emits_profile": True,
             "active_optimization_profile": 0,
+            "device_memory": 0,
         }
+
+    def set_device_memory(self, memory, size):
+        self._values["device_memory"] = memory if size >= self._engine._values["device_memory_size"] else 0
 
     @property
     def all_binding_shapes_specified(self) -> bool:
@@ -268,6 +277,8 @@ class FakeContext(ApiObject):
         network, dtypes = self._engine._network, torch_dtypes(self._api.trt)
         missing = [name for name in self._engine._tensors if not self._addresses.get(name)]
         if missing or not self.all_binding_shapes_specified:
+            return False
+        if self._without_memory and not self._values["device_memory"]:
             return False
         inputs = {
             t.name: tensor_at(self._addresses[t.name], self._shapes[t.name], dtypes[t.dtype]).clone()

@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..shape_ops import LevelShapes
-
-
-@functools.lru_cache(maxsize=16)
-def _sampling_grid(
-    spatial_shapes: tuple[tuple[int, int], ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """What turns offsets in pixels into grid_sample's coordinates, which run from -1 to 1 over a level.
-
-    Returns:
-        centres (x, y) of the pixels of all levels, (S, 1, 1, 1, 2), and the size of a pixel of each level,
-        (levels, 1, 2); both float32.
-    """
-    # See _axis_encoding on why this leaves inference mode.
-    with torch.inference_mode(False), torch.no_grad():
-        centers = []
-        for height, width in spatial_shapes:
-            y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
-            x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
-            grid = torch.stack((x[None, :].expand(height, -1), y[:, None].expand(-1, width)), dim=-1)
-            centers.append(grid.flatten(0, 1) * 2 - 1)
-        pixel_size = torch.tensor([(2.0 / w, 2.0 / h) for h, w in spatial_shapes], device=device)
-        return torch.cat(centers)[:, None, None, None, :], pixel_size[:, None, :]
+from . import ms_deform_attn_cuda
+from .ms_deform_attn_reference import ms_deform_attn_reference
 
 
 class MSDeformAttnCore(nn.Module):
@@ -40,8 +18,13 @@ class MSDeformAttnCore(nn.Module):
     The queries are the pixels of the pyramid themselves, so the points from which the offsets count follow from the
     levels' shapes. It has no parameters. An engine replaces this one module.
 
+    On a GPU our kernel computes it where the kernels are built, else grid_sample does; gradients are grid_sample's.
+
     Source: Deformable DETR (Zhu et al. 2021), equation 3.
     """
+
+    # False, on the class or on one module, keeps to grid_sample: to compare the two.
+    use_kernel = True
 
     def forward(
         self,
@@ -64,34 +47,15 @@ class MSDeformAttnCore(nn.Module):
         Raises:
             ValueError: where the shapes do not hold S pixels.
         """
-        batch, pixels, heads, dim = value.shape
+        pixels = value.shape[1]
         if sum(h * w for h, w in spatial_shapes) != pixels:
             raise ValueError(
                 f"levels of {spatial_shapes} (height, width) do not hold the {pixels} pixels of `value`"
             )
-        points = sampling_offsets.shape[4]
-        # Queries last: the sum over points then runs over contiguous memory.
-        weights = attention_logits.softmax(-1).permute(0, 2, 3, 1).reshape(batch * heads, 1, -1, pixels)
-        centers, pixel_size = _sampling_grid(tuple(spatial_shapes), value.device)
-        grid = torch.addcmul(centers, sampling_offsets, pixel_size)  # (B, S, heads, levels, points, 2)
-        grid = (
-            grid.permute(3, 0, 2, 4, 1, 5).flatten(1, 2).to(value.dtype)
-        )  # (levels, B * heads, points, S, 2)
-        out = None
-        start = 0
-        for level, (height, width) in enumerate(spatial_shapes):
-            level_value = value[:, start : start + height * width].permute(0, 2, 3, 1)  # (B, heads, D, hw)
-            sampled = F.grid_sample(
-                level_value.reshape(batch * heads, dim, height, width),
-                grid[level],
-                mode="bilinear",
-                padding_mode="zeros",
-                align_corners=False,
-            )  # (B * heads, D, points, S)
-            part = (sampled * weights[:, :, level * points : (level + 1) * points]).sum(2)
-            out = part if out is None else out + part
-            start += height * width
-        return out.view(batch, heads * dim, pixels).transpose(1, 2)
+        arguments = (value, sampling_offsets, attention_logits)
+        if self.use_kernel and ms_deform_attn_cuda.usable(*arguments):
+            return ms_deform_attn_cuda.ms_deform_attn(*arguments, spatial_shapes)
+        return ms_deform_attn_reference(*arguments, spatial_shapes)
 
 
 class MSDeformAttn(nn.Module):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import DatasetEvaluators, SemSegEvaluator
+from detectron2.evaluation import DatasetEvaluators
 from detectron2.structures import Boxes, Instances
 
 from mask2former.evaluation import (
@@ -23,6 +23,7 @@ from mask2former.evaluation import (
     pq_compute,
     save_results,
 )
+from mask2former.evaluation.formats import SemSegEvaluator
 from mask2former.evaluation.panoptic_quality import read_panoptic_png
 
 

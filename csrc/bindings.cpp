@@ -1,0 +1,18 @@
+// The Python module mask2former._kernels. Pointers, sizes and a stream go in, never tensors: one build serves every
+// PyTorch. mask2former/kernels.py and the modules beside it check tensors and call these.
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+namespace d2_trt {
+void bind_ms_deform_attn(py::module_& module);
+void bind_postprocess(py::module_& module);
+void bind_preprocess(py::module_& module);
+}  // namespace d2_trt
+
+PYBIND11_MODULE(_kernels, module) {
+    module.doc() = "CUDA kernels of d2_trt; see csrc/.";
+    d2_trt::bind_ms_deform_attn(module);
+    d2_trt::bind_postprocess(module);
+    d2_trt::bind_preprocess(module);
+}

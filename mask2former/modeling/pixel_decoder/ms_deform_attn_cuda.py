@@ -1,0 +1,153 @@
+"""Multi-scale deformable attention by the kernel of csrc/ms_deform_attn, as an operator of PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import kernels
+from ..shape_ops import LevelShapes
+from .ms_deform_attn_reference import ms_deform_attn_reference_backward
+
+# Limits of csrc/ms_deform_attn/ms_deform_attn.h.
+MAX_LEVELS = 8
+MAX_POINTS = 16
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@torch.compiler.assume_constant_result
+def _built() -> bool:
+    return kernels.available()
+
+
+def usable(value: Tensor, sampling_offsets: Tensor, attention_logits: Tensor) -> bool:
+    """Whether the kernel takes these: built, on a GPU, of DTYPES, and not of more levels or points than it has."""
+    return (
+        value.is_cuda
+        and _built()
+        and all(t.dtype in DTYPES for t in (value, sampling_offsets, attention_logits))
+        and sampling_offsets.shape[3] <= MAX_LEVELS
+        and sampling_offsets.shape[4] <= MAX_POINTS
+    )
+
+
+def ms_deform_attn(
+    value: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, spatial_shapes: LevelShapes
+) -> Tensor:
+    """MSDeformAttnCore.forward by the kernel: softmax, locations and sums in float32 whatever the dtypes. Differentiable.
+
+    Args:
+        value: (B, S, heads, D), float32, float16 or bfloat16, on a GPU.
+        sampling_offsets: (B, S, heads, levels, points, 2), (x, y) in pixels of the level sampled, one of these dtypes.
+        attention_logits: (B, S, heads, levels * points), one of these dtypes.
+        spatial_shapes: (height, width) of each level, 1 to 8 of them.
+
+    Returns:
+        (B, S, heads * D), of value's dtype.
+
+    Raises:
+        KernelsMissing: the kernels are not built.
+        ValueError: shapes, dtypes or devices do not go together.
+    """
+    if not sampling_offsets.dtype == attention_logits.dtype == value.dtype:
+        # The kernel takes both in value's dtype or in float32, which holds the others exactly.
+        sampling_offsets, attention_logits = sampling_offsets.float(), attention_logits.float()
+    sizes = [side for shape in spatial_shapes for side in shape]
+    return _ms_deform_attn(value, sampling_offsets, attention_logits, sizes)
+
+
+@torch.library.custom_op(
+    "mask2former::ms_deform_attn",
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor value, Tensor sampling_offsets, Tensor attention_logits, SymInt[] level_sizes) -> Tensor",
+)
+def _ms_deform_attn(
+    value: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_sizes: Sequence[int]
+) -> Tensor:
+    """level_sizes: height and width of each level, in one row."""
+    _check(value, sampling_offsets, attention_logits, level_sizes)
+    batch, pixels, heads, dim = value.shape
+    value, sampling_offsets, attention_logits = map(_in_order, (value, sampling_offsets, attention_logits))
+    out = value.new_empty(batch, pixels, heads * dim)
+    with torch.cuda.device(value.device):
+        kernels.load().ms_deform_attn(
+            value.data_ptr(),
+            sampling_offsets.data_ptr(),
+            attention_logits.data_ptr(),
+            out.data_ptr(),
+            value_dtype=kernels.dtype_name(value),
+            sampling_dtype=kernels.dtype_name(sampling_offsets),
+            batch=batch,
+            heads=heads,
+            dim=dim,
+            points=sampling_offsets.shape[4],
+            level_sizes=list(zip(level_sizes[::2], level_sizes[1::2])),
+            stream=kernels.stream_of(value),
+        )
+    return out
+
+
+@_ms_deform_attn.register_fake
+def _(value, sampling_offsets, attention_logits, level_sizes):
+    batch, pixels, heads, dim = value.shape
+    return value.new_empty(batch, pixels, heads * dim)
+
+
+def _save(ctx, inputs, output):
+    value, sampling_offsets, attention_logits, level_sizes = inputs
+    ctx.save_for_backward(value, sampling_offsets, attention_logits)
+    ctx.spatial_shapes = tuple(zip(level_sizes[::2], level_sizes[1::2]))
+
+
+def _backward(ctx, grad):
+    gradients = ms_deform_attn_reference_backward(grad, *ctx.saved_tensors, ctx.spatial_shapes)
+    return *gradients, None
+
+
+_ms_deform_attn.register_autograd(_backward, setup_context=_save)
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """The tensor in C order, at an address of which the kernel can read 16 bytes at a time."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _check(
+    value: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_sizes: Sequence[int]
+) -> None:
+    """Raises ValueError where the operator's arguments do not go together; the kernel's own limits are its own to tell."""
+    if value.dim() != 4 or value.dtype not in DTYPES:
+        raise ValueError(
+            f"value is {tuple(value.shape)} {value.dtype}; expected (B, S, heads, D) of float32, float16 or bfloat16"
+        )
+    if sampling_offsets.dim() != 6:
+        raise ValueError(
+            f"sampling_offsets is {tuple(sampling_offsets.shape)}; expected (B, S, heads, levels, points, 2)"
+        )
+    batch, pixels, heads, _ = value.shape
+    levels, points = len(level_sizes) // 2, sampling_offsets.shape[4]
+    if len(level_sizes) % 2 or sum(h * w for h, w in zip(level_sizes[::2], level_sizes[1::2])) != pixels:
+        raise ValueError(
+            f"levels of {list(level_sizes)} (height, width, ...) do not hold the {pixels} pixels of value"
+        )
+    wanted = {
+        "sampling_offsets": (sampling_offsets, (batch, pixels, heads, levels, points, 2)),
+        "attention_logits": (attention_logits, (batch, pixels, heads, levels * points)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)}; value {tuple(value.shape)} and {levels} levels need {shape}"
+            )
+        if tensor.device != value.device:
+            raise ValueError(f"{name} is on {tensor.device}, value on {value.device}; expected one GPU")
+        if tensor.dtype not in (value.dtype, torch.float32):
+            raise ValueError(f"{name} is {tensor.dtype}; expected float32 or value's {value.dtype}")
+    if sampling_offsets.dtype != attention_logits.dtype:
+        raise ValueError(
+            f"sampling_offsets is {sampling_offsets.dtype}, attention_logits {attention_logits.dtype}; expected one dtype"
+        )

@@ -1,0 +1,131 @@
+"""As much of torch.cuda on a CPU as an Engine uses: streams and events that keep a record, graphs that replay."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+
+import pytest
+import torch
+
+from .runtime import FakeContext
+
+
+class FakeEvent:
+    def __init__(self, cuda, stream=None):
+        self.cuda, self.stream = cuda, stream
+        self.number = next(cuda.numbers)
+
+    def record(self, stream=None):
+        self.stream = stream or self.cuda.current_stream()
+
+    def synchronize(self):
+        self.cuda.log.append(("host waits", self.number))
+
+
+class FakeStream:
+    def __init__(self, cuda, priority=0):
+        self.cuda, self.priority = cuda, priority
+        self.cuda_stream = next(cuda.numbers)
+
+    def record_event(self):
+        event = FakeEvent(self.cuda, self)
+        self.cuda.log.append(("record", self.cuda_stream, event.number))
+        return event
+
+    def wait_event(self, event):
+        self.cuda.log.append(("wait", self.cuda_stream, event.number))
+
+    def wait_stream(self, other):
+        self.wait_event(other.record_event())
+
+
+class FakeGraph:
+    def __init__(self, cuda):
+        self.cuda, self.work = cuda, None
+
+    def capture_begin(self, pool=None, capture_error_mode="global"):
+        assert self.cuda.recording is None and self.cuda.current_stream() is not self.cuda.default
+        assert capture_error_mode == "thread_local"
+        self.cuda.recording = []
+        self.cuda.log.append(("capture", self.cuda.current_stream().cuda_stream))
+
+    def capture_end(self):
+        self.work, self.cuda.recording = self.cuda.recording, None
+        self.cuda.captured += 1
+
+    def replay(self):
+        self.cuda.log.append(("replay", self.cuda.current_stream().cuda_stream))
+        for run in self.work:
+            assert run()
+
+
+class FakeCuda:
+    """What happened, in order, in `log`; what a graph under capture has recorded, in `recording`."""
+
+    def __init__(self):
+        self.numbers = itertools.count(1)
+        self.log: list[tuple] = []
+        self.recording: list | None = None
+        self.captured = 0
+        self.fail: Exception | None = None  # raised by work that is recorded
+        self.default = FakeStream(self)
+        self._current = threading.local()
+
+    def current_stream(self, device=None):
+        return getattr(self._current, "stream", self.default)
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before = self.current_stream()
+        self._current.stream = stream
+        try:
+            yield
+        finally:
+            self._current.stream = before
+
+    def enqueue(self, run, handle: int) -> bool:
+        """Do a context's work, or record it."""
+        self.log.append(("enqueue", handle))
+        if self.recording is None:
+            return run()
+        if self.fail is not None:
+            raise self.fail
+        self.recording.append(run)
+        return True
+
+
+@pytest.fixture(name="cuda")
+def cuda_double(monkeypatch) -> FakeCuda:
+    """torch.cuda on a CPU, for engines of the double of TensorRT."""
+    cuda = FakeCuda()
+    for name, value in {
+        "device": lambda device: contextlib.nullcontext(),
+        "current_stream": cuda.current_stream,
+        "stream": cuda.stream,
+        "Stream": lambda priority=0: FakeStream(cuda, priority),
+        "Event": lambda: FakeEvent(cuda),
+        "CUDAGraph": lambda: FakeGraph(cuda),
+        "graph_pool_handle": lambda: (0, 1),
+        "is_current_stream_capturing": lambda: cuda.recording is not None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    execute = FakeContext.execute_async_v3
+
+    def execute_or_record(context, stream_handle):
+        shapes, addresses = dict(context._shapes), dict(context._addresses)
+
+        def run():  # with what the context was set to, as a graph has it
+            now = context._shapes, context._addresses
+            context._shapes, context._addresses = dict(shapes), dict(addresses)
+            try:
+                return execute(context, stream_handle)
+            finally:
+                context._shapes, context._addresses = now
+
+        return cuda.enqueue(run, stream_handle)
+
+    monkeypatch.setattr(FakeContext, "execute_async_v3", execute_or_record)
+    return cuda
