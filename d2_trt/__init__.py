@@ -10,7 +10,7 @@ from mask2former.config import EXTENSIONS
 from .config import add_tensorrt_config
 from .meta_arch import TensorRTMaskFormer
 
-__all__ = ["TensorRTMaskFormer", "add_tensorrt_config"]
+__all__ = ["TensorRTMaskFormer", "TensorRTPredictor", "add_tensorrt_config"]
 
 
 class _TensorRT:
@@ -26,6 +26,16 @@ class _TensorRT:
         from .options import TensorRTOptions
 
         TensorRTOptions.from_cfg(cfg)
+
+
+def __getattr__(name: str):
+    if (
+        name == "TensorRTPredictor"
+    ):  # imported when asked for: it needs detectron2.engine, which is slow to import
+        from .predictor import TensorRTPredictor
+
+        return TensorRTPredictor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 if "tensorrt" not in BACKEND_REGISTRY:

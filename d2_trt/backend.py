@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import builder, cache_key, compat, parity
+from . import builder, cache_key, compat, parity, plugin
 from .cache import BuiltEngine, CacheEntry, EngineCache
 from .cache_timing import TimingCache
 from .engine import Engine
@@ -39,6 +39,10 @@ class _Loaded:
     engine: Engine
     about: dict[str, Any]
     used: int = 0  # the higher, the later
+
+    def describe(self) -> dict[str, Any]:
+        graphs = self.engine.graphs
+        return {**self.about, "cuda_graphs": None if graphs is None else graphs.describe()}
 
 
 # A padded range and the GPU that runs it.
@@ -154,8 +158,8 @@ class TensorRTBackend:
         """What has run the network so far, JSON-serialisable.
 
         Returns:
-            "backend" ("tensorrt", or "torch (fallback: why)"), "precision", "engines" (key, path, range, times, parity),
-            "images" (how many each of the two ran), and "reasons" for PyTorch running any.
+            "backend" ("tensorrt", or "torch (fallback: why)"), "precision", "engines" (key, path, range, times, parity,
+            CUDA graphs), "images" (how many each of the two ran), and "reasons" for PyTorch running any.
         """
         with self._lock:
             failure = self._unavailable or next(iter(self._failures.values()), None)
@@ -165,7 +169,7 @@ class TensorRTBackend:
             return {
                 "backend": name,
                 "precision": self.options.precision,
-                "engines": [loaded.about for loaded in self._loaded.values()],
+                "engines": [loaded.describe() for loaded in self._loaded.values()],
                 "images": {runner: self._images_run[runner] for runner in ("tensorrt", "torch")},
                 "reasons": list(self._reasons.values()),
             }
@@ -248,16 +252,15 @@ class TensorRTBackend:
         """An engine in memory, from the cache or built. What the cache has and TensorRT refuses is built again."""
         started = time.perf_counter()
         entry, engine = self._get_entry(shapes, images, self._cache)
-        device = self._model.device
         if engine is None:
             try:
-                engine = Engine(entry.data, device)
+                engine = self._make_engine(entry.data)
             except BuildError as error:
                 if self._cache.mode == "require":
                     raise
                 logger.warning("The cached engine %s is built again: %s", entry.path, error)
                 entry, engine = self._get_entry(shapes, images, self._rebuilding())
-                engine = engine or Engine(entry.data, device)
+                engine = engine or self._make_engine(entry.data)
         seconds = time.perf_counter() - started
         engine_info = entry.sidecar["engine"]
         logger.info(
@@ -322,7 +325,7 @@ class TensorRTBackend:
                     self._model, spec, samples.take(shapes.opt), timing.load() if use_timings else b""
                 )
                 timing.merge(timings, builder.combine_timing_caches)
-                engine = Engine(plan, self._model.device)
+                engine = self._make_engine(plan)
                 numbers = {}
                 if options.verify.enabled:
                     step = max(self._model.size_divisibility, 1)
@@ -338,6 +341,10 @@ class TensorRTBackend:
             ) from error
         return BuiltEngine(plan, report=dataclasses.asdict(report), parity=numbers), engine
 
+    def _make_engine(self, plan: bytes) -> Engine:
+        options = self.options
+        return Engine(plan, self._model.device, options.max_cuda_graphs if options.cuda_graphs else 0)
+
     def _spec(self, shapes: ShapeRange) -> builder.BuildSpec:
         options = self.options
         if options.precision == "bf16" and not compat.strongly_typed():
@@ -345,18 +352,13 @@ class TensorRTBackend:
                 "MODEL.TENSORRT.PRECISION is 'bf16', which needs TensorRT 10 or newer; this is "
                 f"{compat.tensorrt().__version__}. Set it to fp16, tf32 or fp32."
             )
-        if options.msda == "plugin":
-            raise MissingDependencyError(
-                "MODEL.TENSORRT.MSDA is 'plugin', but this version has no plugin of its own yet. Set it to auto, stock or "
-                "native."
-            )
         return builder.BuildSpec(
             min_shape=shapes.min,
             opt_shape=shapes.opt,
             max_shape=shapes.max,
             precision=options.precision,
             fp32_modules=options.resolve_fp32_modules(builder.DEFAULT_FP32_MODULES),
-            msda="stock" if options.msda == "auto" else options.msda,
+            msda=plugin.resolve(options.msda),
             workspace_bytes=options.workspace_bytes,
             opt_level=options.opt_level,
         )
@@ -390,7 +392,7 @@ class TensorRTBackend:
                 "detectron2": detectron2.__version__,
                 "torch": torch.__version__,
             },
-            plugin=spec.msda,
+            plugin=plugin.identity(spec.msda),
             **identity,
         )
 

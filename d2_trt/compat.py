@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 import threading
 import types
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,8 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from .errors import MissingDependencyError
+
+logger = logging.getLogger(__name__)
 
 # Of int8 calibration. TensorRT 11 has them no more; torch2trt reads them when it is imported.
 _GONE = ("CalibrationAlgoType", "IInt8Calibrator")
@@ -102,17 +105,30 @@ def shape_dtype():
 
 
 def register_plugins() -> None:
-    """Make NVIDIA's plugins known to TensorRT's registry."""
+    """Make NVIDIA's plugins known to TensorRT's registry, and ours where it is built."""
     tensorrt().init_libnvinfer_plugins(None, "")
+    from . import plugin
+
+    if plugin.is_built():
+        try:
+            plugin.load()
+        except MissingDependencyError as error:
+            # An engine may do without; one that needs it does not load, and MSDA plugin and auto raise by themselves.
+            _warn_once(str(error))
 
 
-def plugin_creator(name: str, plugin_version: str = "1"):
-    """The registered creator of NVIDIA's plugin of that name, or None."""
-    register_plugins()
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def plugin_creator(name: str, plugin_version: str = "1", namespace: str = ""):
+    """The registered creator of a plugin, NVIDIA's by default, or None."""
+    tensorrt().init_libnvinfer_plugins(None, "")
     registry = tensorrt().get_plugin_registry()
-    if hasattr(registry, "get_plugin_creator"):
-        return registry.get_plugin_creator(name, plugin_version)
-    return registry.get_creator(name, plugin_version)
+    if hasattr(registry, "get_creator"):  # those of every interface
+        return registry.get_creator(name, plugin_version, namespace)
+    return registry.get_plugin_creator(name, plugin_version, namespace)
 
 
 def has_progress_monitor() -> bool:
@@ -130,6 +146,31 @@ def device_memory(engine) -> int:
     if hasattr(engine, "device_memory_size_v2"):
         return int(engine.device_memory_size_v2)
     return int(engine.device_memory_size)
+
+
+def context_in(engine, memory: int, size: int):
+    """An execution context of an ICudaEngine that works in memory of the caller's; None where TensorRT refuses.
+
+    Args:
+        memory: address of at least device_memory(engine) bytes, aligned to 256, that outlives the context and serves one
+            run at a time.
+        size: bytes of it.
+    """
+    if hasattr(engine, "create_execution_context_without_device_memory"):
+        context = engine.create_execution_context_without_device_memory()
+    else:  # TensorRT 11
+        strategies = tensorrt().ExecutionContextAllocationStrategy
+        context = engine.create_execution_context(strategies.USER_MANAGED)
+    if context is not None:
+        _give_memory(context, memory, size)
+    return context
+
+
+def _give_memory(context, memory: int, size: int) -> None:
+    if hasattr(context, "set_device_memory"):  # from 10.3 on
+        context.set_device_memory(memory, size)
+    else:
+        context.device_memory = memory
 
 
 @contextlib.contextmanager

@@ -33,3 +33,11 @@ class ParityError(D2TRTError):
 
 class CacheError(D2TRTError):
     """The engine cache was asked for what it cannot do, or lacks an engine that it must have."""
+
+
+class ImageError(D2TRTError):
+    """An image of a stream could not be read or segmented; `index` is its place, `__cause__` the reason."""
+
+    def __init__(self, message: str, index: int):
+        super().__init__(message)
+        self.index = index

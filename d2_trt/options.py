@@ -86,7 +86,8 @@ class TensorRTOptions:
     timing_cache: bool = True
     on_out_of_range: str = "torch"
     on_error: str = "raise"
-    cuda_graphs: bool = False
+    cuda_graphs: bool = True
+    max_cuda_graphs: int = 8
     plugin: str = ""
 
     @classmethod
@@ -128,6 +129,7 @@ class TensorRTOptions:
             on_out_of_range=reader.choice("ON_OUT_OF_RANGE", ("torch", "raise")),
             on_error=reader.choice("ON_ERROR", ("raise", "torch")),
             cuda_graphs=reader.flag("CUDA_GRAPHS"),
+            max_cuda_graphs=reader.integer("MAX_CUDA_GRAPHS", 1),
             plugin=reader.text("PLUGIN"),
         )
 

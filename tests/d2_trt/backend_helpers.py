@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from d2_trt import backend as backend_module
-from d2_trt import builder, compat
+from d2_trt import builder, compat, plugin
 from d2_trt.backend import TensorRTBackend
+from d2_trt.cuda_graphs import GraphCache
 from d2_trt.errors import BuildError
 from mask2former import get_mask2former_cfg
 from mask2former.data.datasets import shapes_scene
@@ -60,6 +61,7 @@ class Workshop:
         self.traced: list[torch.Tensor] = []
         self.timings: list[bytes] = []
         self.deserialized = 0
+        self.max_graphs: list[int] = []
         self.disturb = lambda logits, masks: (logits, masks)
         self.refused: set[bytes] = set()
         self.fail: Exception | None = None
@@ -80,8 +82,9 @@ class Workshop:
         plan = json.dumps({"number": number, **modes}).encode()
         return plan, builder.BuildReport(engine_bytes=len(plan), layers={"CONVOLUTION": 1}), b"timings"
 
-    def engine(self, plan, device):
+    def engine(self, plan, device, max_graphs=0):
         self.deserialized += 1
+        self.max_graphs.append(max_graphs)
         plan = bytes(plan)
         if plan in self.refused:
             raise BuildError("the engine does not load:\n  [double] of another driver")
@@ -91,6 +94,7 @@ class Workshop:
             with torch.no_grad():
                 return self.disturb(*model.core(images))
 
+        run.graphs = GraphCache(max_graphs) if max_graphs else None
         return run
 
 
@@ -106,6 +110,11 @@ def workshop(monkeypatch, tmp_path):
     monkeypatch.setattr(logging.getLogger("d2_trt"), "propagate", True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compat, "tensorrt", lambda: types.SimpleNamespace(__version__="10.0.1"))
+    # NVIDIA's plugin is registered and ours is not built, whatever this machine has.
+    monkeypatch.setattr(plugin, "is_built", lambda: False)
+    monkeypatch.setattr(
+        compat, "plugin_creator", lambda name, *rest: object() if name == plugin.STOCK else None
+    )
     monkeypatch.setattr(TensorRTBackend, "_require", lambda self: compat.tensorrt())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Double GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

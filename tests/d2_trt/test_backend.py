@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from d2_trt import backend as backend_module
-from d2_trt import compat
+from d2_trt import compat, plugin
 from d2_trt.backend import TensorRTBackend
 from d2_trt.errors import BuildError, EngineShapeError, MissingDependencyError, OptionsError, ParityError
 from d2_trt.options import TensorRTOptions
@@ -89,7 +89,7 @@ def test_other_options_are_another_engine(workshop, tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    "change", [{"CUDA_GRAPHS": True}, {"ON_ERROR": "torch"}, {"VERIFY__SIZES": 1}], ids=str
+    "change", [{"CUDA_GRAPHS": False}, {"ON_ERROR": "torch"}, {"VERIFY__SIZES": 1}], ids=str
 )
 def test_options_that_do_not_change_the_engine_share_it(workshop, change):
     make_backend().prepare()
@@ -335,9 +335,26 @@ def test_out_of_memory_says_what_to_lower(workshop):
         make_backend().prepare()
 
 
-def test_plugin_that_is_not_there_yet(workshop):
-    with pytest.raises(MissingDependencyError, match=r"MODEL\.TENSORRT\.MSDA is 'plugin'"):
+def test_plugin_that_is_not_built(workshop, monkeypatch, tmp_path):
+    monkeypatch.setattr(plugin, "library", lambda: tmp_path / "libd2_trt_plugins_trt10.so")
+    with pytest.raises(
+        MissingDependencyError, match=r"MSDA 'plugin' needs libd2_trt_plugins_trt10\.so.*setup\.py build_ext"
+    ):
         make_backend(MSDA="plugin").prepare()
+
+
+def test_plugin_is_taken_where_it_is_built(workshop, monkeypatch):
+    make_backend().prepare()
+    monkeypatch.setattr(plugin, "is_built", lambda: True)
+    monkeypatch.setattr(plugin, "load", lambda: None)
+    backend = make_backend()
+    entry = backend.entry(backend.options.shapes)  # not the stock plugin's
+    assert entry.sidecar["ingredients"]["plugin"] == "D2TRTMSDeformAttn 1"
+    make_backend(MSDA="stock").prepare()
+    monkeypatch.setattr(compat, "plugin_creator", lambda name, *rest: None)
+    monkeypatch.setattr(plugin, "is_built", lambda: False)
+    make_backend().prepare()
+    assert [spec.msda for spec in workshop.built] == ["stock", "plugin", "stock", "native"]
 
 
 def test_bf16_needs_tensorrt_10(workshop, monkeypatch):

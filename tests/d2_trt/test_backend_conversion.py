@@ -21,7 +21,9 @@ EXAMPLES = [(1, 3, 64, 64), (2, 3, 64, 96), (1, 3, 96, 128)]
 class InterpretedEngine:
     """In the place of Engine: the network that a plan of the double holds, on CPU tensors."""
 
-    def __init__(self, plan, device):
+    graphs = None
+
+    def __init__(self, plan, device, max_graphs=0):
         self._engine = compat.tensorrt().Runtime(builder.trt_logger()).deserialize_cuda_engine(plan)
         if self._engine is None:
             raise BuildError("the engine does not load")

@@ -124,7 +124,8 @@ def test_defaults(cfg, monkeypatch):
         timing_cache=True,
         on_out_of_range="torch",
         on_error="raise",
-        cuda_graphs=False,
+        cuda_graphs=True,
+        max_cuda_graphs=8,
         plugin="",
     )
 
@@ -207,6 +208,7 @@ WRONG = [
     (T_ + "STATIC", 1, "True or False"),
     (T_ + "TIMING_CACHE", "yes", "True or False"),
     (T_ + "CUDA_GRAPHS", 0, "True or False"),
+    (T_ + "MAX_CUDA_GRAPHS", 0, "a whole number of at least 1"),
     (T_ + "VERIFY.ENABLED", None, "True or False"),
     (T_ + "MAX_BATCH_SIZE", -1, "a whole number of at least 0 (0 stands for TEST.BATCH_SIZE)"),
     (T_ + "MAX_BATCH_SIZE", 2.0, "a whole number of at least 0"),
@@ -426,7 +428,8 @@ def test_graph_key_changes_with_what_decides_the_engine(cfg, key, value):
     [
         ("ON_ERROR", "torch"),
         ("ON_OUT_OF_RANGE", "raise"),
-        ("CUDA_GRAPHS", True),
+        ("CUDA_GRAPHS", False),
+        ("MAX_CUDA_GRAPHS", 3),
         ("TIMING_CACHE", False),
         ("CACHE__DIR", "/elsewhere"),
         ("CACHE__MODE", "read"),

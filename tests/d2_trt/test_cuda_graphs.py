@@ -1,0 +1,371 @@
+"""Engines replayed as CUDA graphs: which shapes, in which order of streams, in whose memory."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+import threading
+
+import pytest
+import torch
+
+from d2_trt import builder, compat, cuda_graphs
+from d2_trt.cuda_graphs import RUNS_TO_REPLACE, CapturedRun, GraphCache
+from d2_trt.engine import Engine
+from d2_trt.errors import BuildError
+from tests.d2_trt.backend_helpers import make_backend, workshop  # noqa: F401
+from tests.doubles.cuda import cuda_double as cuda  # noqa: F401
+from tests.doubles.fixtures import trt_double as trt  # noqa: F401
+from tests.golden import mini_model, relative_error
+
+CPU = torch.device("cpu")
+SHAPES = [(1, 3, 8, 8), (2, 3, 8, 16), (1, 3, 16, 8), (2, 3, 32, 32)]
+
+
+class Run:
+    nbytes = 1 << 20
+
+
+def feed(cache: GraphCache, shape, retired=None) -> str:
+    """What an engine does with a call: "replayed", "captured" or "ran"."""
+    if cache.find(shape) is not None:
+        return "replayed"
+    if cache.wants(shape) and cache.add(shape, Run, lambda: retired is None or retired.append(shape)):
+        return "captured"
+    return "ran"
+
+
+def test_shape_is_captured_when_it_comes_again():
+    cache = GraphCache(2)
+    assert [feed(cache, "a") for _ in range(4)] == ["ran", "captured", "replayed", "replayed"]
+    assert cache.describe() == {
+        "shapes": [["a"]],
+        "mib": 1.0,
+        "captures": 1,
+        "replays": 3,
+        "failure": "",
+    }
+
+
+def test_least_recently_used_graph_goes():
+    cache, retired = GraphCache(2), []
+    for shape in "aabbab":
+        feed(cache, shape, retired)
+    feed(cache, "a", retired)  # "b" is now the older
+    actions = [feed(cache, "c", retired) for _ in range(RUNS_TO_REPLACE)]
+    assert actions == ["ran"] * (RUNS_TO_REPLACE - 1) + ["captured"]
+    assert retired == ["c"]
+    assert [feed(cache, shape, retired) for shape in "acb"] == ["replayed", "replayed", "ran"]
+
+
+def test_ever_new_shapes_are_not_captured_in_turn():
+    cache = GraphCache(1)
+    feed(cache, "a"), feed(cache, "a")
+    actions = [feed(cache, n % 50) for n in range(50 * (RUNS_TO_REPLACE - 1))]
+    assert set(actions) == {"ran"}
+    assert feed(cache, "a") == "replayed"
+
+
+def test_counts_of_shapes_are_bounded():
+    cache = GraphCache(1)
+    for n in range(cuda_graphs.MAX_COUNTED + 1):
+        feed(cache, n)
+    assert len(cache._seen) == cuda_graphs.MAX_COUNTED
+    assert feed(cache, 0) == "ran"  # forgotten, so seen for the first time
+
+
+def test_failure_is_said_once_and_ends_capturing(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("d2_trt"), "propagate", True)
+    cache = GraphCache(2)
+
+    def fail():
+        raise BuildError("the engine did not run:\n  no")
+
+    for shape in "aabb":
+        assert not cache.wants(shape) or cache.add(shape, fail, lambda: None) is None
+    assert cache.describe()["failure"] == "BuildError: the engine did not run:"
+    (record,) = caplog.records
+    assert "MODEL.TENSORRT.CUDA_GRAPHS" in record.getMessage()
+
+
+def test_cache_of_no_graphs_is_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        GraphCache(0)
+
+
+def make_plan(trt) -> bytes:  # noqa: F811
+    """An engine of two outputs, (B, 3, H, W) -> images + 1 and images * 2."""
+    made = trt.Builder(trt.Logger())
+    strong = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+    flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED if strong else None
+    flag = trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH if flag is None else flag
+    network = made.create_network(1 << int(flag))
+    images = network.add_input(builder.INPUT, trt.float32, (-1, 3, -1, -1))
+    other = [images, images]
+    operations = (trt.ElementWiseOperation.SUM, trt.ElementWiseOperation.PROD)
+    for name, operation in zip(builder.OUTPUTS, operations):
+        out = network.add_elementwise(*other, operation).get_output(0)
+        out.name = name
+        network.mark_output(out)
+    config = made.create_builder_config()
+    profile = made.create_optimization_profile()
+    profile.set_shape(builder.INPUT, SHAPES[0], SHAPES[1], SHAPES[3])
+    config.add_optimization_profile(profile)
+    return bytes(made.build_serialized_network(network, config))
+
+
+def run(engine, shape, seed=0) -> None:
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    first, second = engine(images)
+    assert torch.equal(first, images + images) and torch.equal(second, images * images)
+
+
+def test_engine_replays_with_right_results_at_every_shape(trt, cuda):  # noqa: F811
+    engine = Engine(make_plan(trt), CPU, max_graphs=3)
+    for round_ in range(4):
+        for shape in SHAPES[:3]:
+            run(engine, shape, seed=round_)
+    assert cuda.captured == 3
+    assert engine.graphs.describe()["replays"] == 9
+
+
+def test_replays_give_tensors_that_the_caller_owns(trt, cuda):  # noqa: F811
+    engine = Engine(make_plan(trt), CPU, max_graphs=1)
+    images = [torch.full(SHAPES[0], float(n)) for n in range(4)]
+    results = [engine(x) for x in images]
+    for x, (total, product) in zip(images, results):
+        assert torch.equal(total, x + x) and torch.equal(product, x * x)
+
+
+def test_modes_of_the_first_caller_do_not_bind_later_ones(trt, cuda):  # noqa: F811
+    engine = Engine(make_plan(trt), CPU, max_graphs=1)
+    with torch.inference_mode():
+        run(engine, SHAPES[0]), run(engine, SHAPES[0])
+    assert cuda.captured == 1
+    run(engine, SHAPES[0])
+    outputs = engine(torch.ones(SHAPES[0], requires_grad=True))
+    assert not any(t.requires_grad for t in outputs)
+
+
+def test_calls_wait_for_the_call_before_and_recording_has_its_own_stream(trt, cuda):  # noqa: F811
+    engine = Engine(make_plan(trt), CPU, max_graphs=1)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            run(engine, SHAPES[0])
+    (recorded_on,) = [entry[1] for entry in cuda.log if entry[0] == "capture"]
+    assert recorded_on == engine._recording.cuda_stream and engine._recording.priority < 0
+    log = cuda.log
+    for before, after in itertools.pairwise(streams):
+        last = max(i for i, e in enumerate(log) if e[:2] == ("record", before.cuda_stream))
+        work = min(i for i, e in enumerate(log) if e[0] != "wait" and e[1] == after.cuda_stream)
+        assert ("wait", after.cuda_stream, log[last][2]) in log[last:work]
+    # Recording runs the engine once: after the calls before it, and before the replay that it is made for.
+    replayed = streams[1].cuda_stream
+    numbers = {e[1]: e[2] for e in log[: log.index(("capture", recorded_on))] if e[0] == "record"}
+    assert ("wait", recorded_on, numbers[replayed]) in log
+    first_replay = log.index(("replay", replayed))
+    done = next(e[2] for e in reversed(log[:first_replay]) if e[:2] == ("record", recorded_on))
+    assert ("wait", replayed, done) in log[:first_replay]
+
+
+def test_contexts_share_one_scratch_memory(trt, cuda):  # noqa: F811
+    engine = Engine(make_plan(trt), CPU, max_graphs=2)
+    contexts = [engine._context]
+    new_context = engine._new_context
+    engine._new_context = lambda: contexts.append(new_context()) or contexts[-1]
+    for shape in (*SHAPES[:2], *SHAPES[:2]):
+        run(engine, shape)
+    assert len(contexts) == 3
+    assert {c.device_memory for c in contexts} == {engine._scratch.data_ptr()}
+    assert engine._scratch.numel() == compat.device_memory(engine._engine)
+
+
+def test_graph_goes_only_when_the_gpu_is_done(trt, cuda):  # noqa: F811
+    engine = Engine(make_plan(trt), CPU, max_graphs=1)
+    run(engine, SHAPES[0]), run(engine, SHAPES[0])
+    last = engine._last.number
+    for _ in range(RUNS_TO_REPLACE):
+        waited = len(cuda.log)
+        run(engine, SHAPES[1])
+    assert last < engine._last.number and any(e[0] == "host waits" for e in cuda.log[waited:])
+    assert engine.graphs.describe()["shapes"] == [list(SHAPES[1])]
+
+
+def test_capture_that_fails_leaves_the_ordinary_path(trt, cuda, caplog, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(logging.getLogger("d2_trt"), "propagate", True)
+    engine = Engine(make_plan(trt), CPU, max_graphs=1)
+    cuda.fail = RuntimeError("operation not permitted when stream is capturing")
+    for _ in range(4):
+        run(engine, SHAPES[0])
+    assert cuda.recording is None and len(caplog.records) == 1
+    assert "not permitted" in engine.graphs.describe()["failure"]
+    assert gc.isenabled()
+
+
+def test_without_graphs_nothing_is_recorded(trt, cuda):  # noqa: F811
+    engine = Engine(make_plan(trt), CPU)
+    for _ in range(3):
+        run(engine, SHAPES[0])
+    assert engine.graphs is None and cuda.captured == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [({}, 8), ({"MAX_CUDA_GRAPHS": 3}, 3), ({"CUDA_GRAPHS": False}, 0)],
+    ids=str,
+)
+def test_config_says_how_many_graphs_an_engine_keeps(workshop, options, most):  # noqa: F811
+    backend = make_backend(**options)
+    backend.prepare()
+    assert workshop.max_graphs == [most]
+    (told,) = backend.describe()["engines"]
+    assert (told["cuda_graphs"] is None) == (most == 0)
+
+
+# On a GPU
+
+
+@pytest.fixture(scope="module")
+def gpu_engine():
+    """(plan, model) of a mini model for 1 to 2 images of 64x64 to 160x160."""
+    model = mini_model("resnet50-mini")
+    spec = builder.BuildSpec(
+        min_shape=(1, 64, 64), opt_shape=(1, 96, 128), max_shape=(2, 160, 160), opt_level=0, precision="fp32"
+    )
+    images = torch.rand(1, 3, 96, 128).cuda() * 255
+    return builder.build_engine(model, spec, images)[0], model
+
+
+def batch(batch_size, height, width, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return (torch.rand(batch_size, 3, height, width, generator=rng) * 255).cuda()
+
+
+GPU_SHAPES = [(1, 64, 64), (2, 96, 128), (1, 160, 96)]
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+def test_gpu_replays_equal_ordinary_runs(gpu_engine):
+    plan, model = gpu_engine
+    plain, engine = Engine(plan, model.device), Engine(plan, model.device, max_graphs=4)
+    for seed in range(4):
+        for shape in GPU_SHAPES:
+            images = batch(*shape, seed=seed)
+            kept = images.clone()
+            expected, actual = plain(images), engine(images)
+            assert torch.equal(images, kept)
+            for a, e in zip(actual, expected, strict=True):
+                assert a.shape == e.shape and relative_error(a, e) < 1e-5, (seed, shape)
+    told = engine.graphs.describe()
+    assert told["captures"] == len(GPU_SHAPES) and told["replays"] == 3 * len(GPU_SHAPES), told
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+def test_gpu_results_stay_what_they_were(gpu_engine):
+    plan, model = gpu_engine
+    engine = Engine(plan, model.device, max_graphs=1)
+    results = [engine(batch(*GPU_SHAPES[0], seed=seed)) for seed in range(6)]
+    kept = [[t.clone() for t in r] for r in results]
+    for seed in range(6, 12):
+        engine(batch(*GPU_SHAPES[0], seed=seed))
+    assert all(torch.equal(t, k) for r, ks in zip(results, kept) for t, k in zip(r, ks))
+    assert relative_error(results[4][1], results[5][1]) > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+def test_gpu_threads_capture_and_replay_on_their_own_streams(gpu_engine):
+    plan, model = gpu_engine
+    plain, engine = Engine(plan, model.device), Engine(plan, model.device, max_graphs=2)
+    inputs = [batch(*GPU_SHAPES[i % 3], seed=i) for i in range(6)]
+    expected = [[t.clone() for t in plain(x)] for x in inputs]
+    torch.cuda.synchronize()
+    wrong: list[str] = []
+
+    def work(i: int) -> None:
+        try:
+            stream = torch.cuda.Stream()
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                for n in range(40):
+                    # Allocations, events and work of other threads while this one or another records.
+                    images = inputs[i].clone()
+                    torch.empty(1 << (10 + n % 14), device="cuda").fill_(n)
+                    actual = engine(images)
+                    del images
+                    stream.synchronize()
+                    if not all(relative_error(a, e) < 1e-5 for a, e in zip(actual, expected[i])):
+                        wrong.append(f"thread {i}, call {n}")
+        except Exception as error:  # a thread's own would be lost
+            wrong.append(f"thread {i}: {error!r}")
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert not engine.graphs.failure and engine.graphs.describe()["captures"] >= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+def test_gpu_memory_of_graphs_is_bounded(gpu_engine):
+    plan, model = gpu_engine
+    engine = Engine(plan, model.device, max_graphs=2)
+    shapes = [(1, 64, 64 + 32 * n) for n in range(4)]
+    for shape in shapes[:2]:
+        engine(batch(*shape)), engine(batch(*shape))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        for shape in shapes:
+            for _ in range(RUNS_TO_REPLACE):
+                engine(batch(*shape))
+    torch.cuda.synchronize()
+    told = engine.graphs.describe()
+    assert len(told["shapes"]) == 2 and told["captures"] > 4
+    assert torch.cuda.memory_allocated() - before < told["mib"] * 2**20 + (1 << 20)
+
+
+@pytest.mark.gpu
+def test_gpu_recording_that_breaks_leaves_pytorch_working():
+    device = torch.device("cuda", torch.cuda.current_device())
+    images = torch.ones(1 << 20, device=device)
+    out = torch.empty_like(images)
+    calls = []
+
+    def enqueue(handle: int) -> None:
+        torch.mul(images, 2, out=out)
+        calls.append(handle)
+        if len(calls) == 2:
+            torch.cuda.current_stream().synchronize()  # not permitted while recording
+
+    stream = torch.cuda.Stream(priority=-1)
+    stream.wait_stream(torch.cuda.current_stream())
+    with pytest.raises(RuntimeError):
+        CapturedRun(enqueue, images, [out], stream)
+    assert len(calls) == 2 and gc.isenabled()
+    torch.cuda.synchronize()
+    assert (images + 1).sum().item() == 2 << 20
+    # Memory that crossed streams comes back.
+    other = torch.cuda.Stream()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for _ in range(4):
+        crossing = torch.empty(64 << 20, dtype=torch.uint8, device=device)
+        with torch.cuda.stream(other):
+            crossing.fill_(1)
+        crossing.record_stream(other)
+        del crossing
+        torch.cuda.synchronize()
+        torch.empty(1, device=device)  # the allocator looks at its events when it is asked for memory
+    assert torch.cuda.memory_reserved() - before <= 2 * 64 << 20
+    # And what can be recorded still is.
+    run_ = CapturedRun(lambda handle: torch.mul(images, 3, out=out), images, [out], stream)
+    torch.cuda.current_stream().wait_stream(stream)
+    (result,) = run_(torch.full_like(images, 5))
+    assert (result == 15).all()
