@@ -333,6 +333,9 @@ def configure(config, spec: BuildSpec) -> None:
     if hasattr(config, "set_tactic_sources"):
         # cuBLAS and cuDNN only bring versions to match: TensorRT's own kernels do as well.
         config.set_tactic_sources(0)
+    if compat.version() < (10, 0):
+        # 8.6 lends a profile to one context alone, unless told so; every CUDA graph has a context.
+        config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
     if spec.precision == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)
     else:

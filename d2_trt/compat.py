@@ -161,8 +161,15 @@ def context_in(engine, memory: int, size: int):
     else:  # TensorRT 11
         strategies = tensorrt().ExecutionContextAllocationStrategy
         context = engine.create_execution_context(strategies.USER_MANAGED)
-    if context is not None:
-        _give_memory(context, memory, size)
+    if context is None:
+        return None
+    _give_memory(context, memory, size)
+    # Only an engine's first context has profile 0 by itself in TensorRT 8.6.
+    if context.active_optimization_profile < 0:
+        stream = torch.cuda.current_stream()
+        if not context.set_optimization_profile_async(0, stream.cuda_stream):
+            return None
+        stream.synchronize()
     return context
 
 

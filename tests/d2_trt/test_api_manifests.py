@@ -24,6 +24,7 @@ GATED = {
     "ITensor.dtype": (UNTIL_11, "set in weakly typed networks only; reading it is fine everywhere"),
     "INormalizationLayer.compute_precision": (UNTIL_11, "of weakly typed networks only"),
     "NetworkDefinitionCreationFlag.EXPLICIT_BATCH": (UNTIL_11, "for 8.6 only (compat.network_flags)"),
+    "PreviewFeature.PROFILE_SHARING_0806": (UNTIL_11, "for 8.6 only (builder.configure)"),
     "NetworkDefinitionCreationFlag.STRONGLY_TYPED": (SINCE_10, "from 10 on only (compat.network_flags)"),
     "IPluginRegistry.get_plugin_creator": (
         UNTIL_11,

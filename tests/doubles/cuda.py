@@ -40,6 +40,9 @@ class FakeStream:
     def wait_stream(self, other):
         self.wait_event(other.record_event())
 
+    def synchronize(self):
+        self.cuda.log.append(("host waits for stream", self.cuda_stream))
+
 
 class FakeGraph:
     def __init__(self, cuda):
