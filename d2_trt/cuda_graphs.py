@@ -1,8 +1,7 @@
 """CUDA graphs of an engine: the launches of one input shape, recorded once, replayed with one call.
 
-An engine of some thousand kernels is launched in a millisecond or more of the CPU's time; a graph in a few microseconds. A
-graph is bound to addresses: it has an execution context, an input and outputs of its own. Images are copied in and results
-out, so that callers own what they get; that is 30 MB at 800x1088, some ten microseconds of the GPU.
+An engine's kernels are launched one by one, a graph's together. A graph is bound to addresses: it has an execution context,
+an input and outputs of its own. Images are copied in and results out, so that callers own what they get.
 """
 
 from __future__ import annotations

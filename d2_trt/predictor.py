@@ -61,7 +61,7 @@ class TensorRTPredictor(DefaultPredictor):
             reason = gpu_resize.why_not()
             self._resizes_on = f"cpu ({reason})" if reason else "gpu"
             if reason:
-                logger.warning("Images are resized on the CPU, which takes some 10 ms each: %s", reason)
+                logger.warning("Images are resized on the CPU, which is slower: %s", reason)
             self._ring = PinnedRing(self.model.device, slots=2)
 
     def prepare(self) -> None:

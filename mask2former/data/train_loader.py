@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from .dataset_mappers import build_train_mapper
-from .datasets.catalog import require_paths
+from .datasets.catalog import require_paths, require_registered
 
 # Fields of metadata that name files or directories. json_file of a panoptic data set is not read in training.
 _PATHS = ("image_root", "image_dir", "gt_dir", "json_file", "panoptic_root", "panoptic_json", "sem_seg_root")
@@ -39,20 +39,11 @@ def check_train_sets(cfg: CfgNode) -> None:
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty: name at least one data set to train on")
     for name in cfg.DATASETS.TRAIN:
-        if name not in DatasetCatalog.list():
-            raise KeyError(
-                f"DATASETS.TRAIN names {name!r}, which is not registered. Registered: "
-                + ", ".join(sorted(DatasetCatalog.list()))
-            )
+        require_registered(name, "DATASETS.TRAIN")
         metadata = MetadataCatalog.get(name)
         unread = {"json_file"} if metadata.get("panoptic_json") else set()
         needed = [path for key in _PATHS if key not in unread and (path := metadata.get(key))]
-        try:
-            require_paths(name, needed)
-        except FileNotFoundError as error:
-            if not name.startswith("shapes_"):
-                raise
-            raise FileNotFoundError(f"{error}\nTo draw it: python tools/make_shapes_dataset.py") from error
+        require_paths(name, needed)
 
 
 class TrainLoader:

@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
-from ..data.datasets.catalog import require_paths
+from ..data.datasets.catalog import require_paths, require_registered
 from .cityscapes import build_cityscapes_evaluator
 from .formats import LVISSegEvaluator, SemSegEvaluator
 from .instance_evaluation import InstanceSegEvaluator
@@ -88,26 +88,13 @@ def check_test_sets(cfg: CfgNode) -> None:
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty: name at least one data set to evaluate on")
     for name in cfg.DATASETS.TEST:
-        _check_registered(name)
+        require_registered(name, "DATASETS.TEST")
         metadata = MetadataCatalog.get(name)
         needed = [path for attribute in _PATHS if (path := metadata.get(attribute))]
         if metadata.get("panoptic_json") and not cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON:
             # Only AP reads the instances of a panoptic data set.
             needed = [path for path in needed if path != metadata.get("json_file")]
-        try:
-            require_paths(name, needed)
-        except FileNotFoundError as error:
-            if not name.startswith("shapes_"):
-                raise
-            raise FileNotFoundError(f"{error}\nTo draw it: python tools/make_shapes_dataset.py") from error
-
-
-def _check_registered(name: str) -> None:
-    if name not in DatasetCatalog.list():
-        raise KeyError(
-            f"DATASETS.TEST names {name!r}, which is not registered. Registered: "
-            + ", ".join(sorted(DatasetCatalog.list()))
-        )
+        require_paths(name, needed)
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
@@ -122,7 +109,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         ValueError: it has no evaluator_type or an unknown one, or the tasks that it evaluates are off.
         ImportError: a package that its evaluator needs is missing.
     """
-    _check_registered(dataset_name)
+    require_registered(dataset_name, "DATASETS.TEST")
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if evaluator_type not in _EVALUATORS:
         raise ValueError(

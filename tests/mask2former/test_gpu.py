@@ -1,7 +1,7 @@
 """What only a GPU can show: agreement with the CPU, streams, threads, host waits and memory."""
 
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -156,9 +156,6 @@ def test_streams_and_threads_do_not_disturb_each_other():
                 if not torch.allclose(result, expected[i], rtol=1e-4, atol=1e-5):
                     errors.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
     assert not errors

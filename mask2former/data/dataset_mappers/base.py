@@ -185,6 +185,23 @@ def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
     ]
 
 
+class LargeScaleJitterMapper(TrainMapper):
+    """A mapper whose images are jittered in scale and then cropped and padded to one size; a first base class."""
+
+    @staticmethod
+    def build_augmentations(cfg):
+        return large_scale_jitter(cfg)
+
+    @classmethod
+    def from_config(cls, cfg, is_train=True):
+        # The crop has padded to INPUT.IMAGE_SIZE already.
+        return {**super().from_config(cfg, is_train), "size_divisibility": -1}
+
+    @property
+    def fixed_size(self) -> bool:
+        return True
+
+
 def read_semantic_map(record: dict, size: tuple[int, int]) -> np.ndarray:
     """The semantic map of a record, (H, W) float64.
 

@@ -9,7 +9,7 @@ import torch
 from detectron2.data import transforms as T
 from pycocotools import mask as mask_util
 
-from .base import TrainMapper, large_scale_jitter, resize_and_crop
+from .base import LargeScaleJitterMapper, TrainMapper, resize_and_crop
 
 
 def transform_mask(
@@ -134,7 +134,7 @@ class MaskFormerInstanceDatasetMapper(_InstanceMapper):
         return resize_and_crop(cfg, crop)
 
 
-class COCOInstanceNewBaselineDatasetMapper(_InstanceMapper):
+class COCOInstanceNewBaselineDatasetMapper(LargeScaleJitterMapper, _InstanceMapper):
     """Instances with large-scale jitter (INPUT.DATASET_MAPPER_NAME coco_instance_lsj).
 
     Instances that the crop removed are left out. Unlike the release's, it takes run-length codes too.
@@ -143,16 +143,3 @@ class COCOInstanceNewBaselineDatasetMapper(_InstanceMapper):
     """
 
     keep_empty = False
-
-    @staticmethod
-    def build_augmentations(cfg):
-        return large_scale_jitter(cfg)
-
-    @classmethod
-    def from_config(cls, cfg, is_train=True):
-        # The crop has padded to INPUT.IMAGE_SIZE already.
-        return {**super().from_config(cfg, is_train), "size_divisibility": -1}
-
-    @property
-    def fixed_size(self) -> bool:
-        return True

@@ -7,7 +7,7 @@ import torch
 from detectron2.data import detection_utils
 
 from ...evaluation.panoptic_quality import rgb_to_ids
-from .base import TrainMapper, category_crop, large_scale_jitter, read_semantic_map, resize_and_crop
+from .base import LargeScaleJitterMapper, TrainMapper, category_crop, read_semantic_map, resize_and_crop
 
 
 class _PanopticMapper(TrainMapper):
@@ -48,21 +48,8 @@ class MaskFormerPanopticDatasetMapper(_PanopticMapper):
         return read_semantic_map(record, size) if self._crop_reads_categories else None
 
 
-class COCOPanopticNewBaselineDatasetMapper(_PanopticMapper):
+class COCOPanopticNewBaselineDatasetMapper(LargeScaleJitterMapper, _PanopticMapper):
     """Things and stuff with large-scale jitter (INPUT.DATASET_MAPPER_NAME coco_panoptic_lsj).
 
     Source: the Mask2Former release, whose augmentations and segments these are.
     """
-
-    @staticmethod
-    def build_augmentations(cfg):
-        return large_scale_jitter(cfg)
-
-    @classmethod
-    def from_config(cls, cfg, is_train=True):
-        # The crop has padded to INPUT.IMAGE_SIZE already.
-        return {**super().from_config(cfg, is_train), "size_divisibility": -1}
-
-    @property
-    def fixed_size(self) -> bool:
-        return True

@@ -82,7 +82,18 @@ def require_paths(name: str, paths: Iterable[str]) -> None:
     root = os.getenv(ROOT_VARIABLE)
     now = f"it is '{root}'" if root is not None else "it is not set, so ./datasets is searched"
     lines.append(f"Set {ROOT_VARIABLE} to the folder that holds the data sets before Python starts; {now}.")
+    if name.startswith("shapes_"):
+        lines.append("To draw it: python tools/make_shapes_dataset.py")
     raise FileNotFoundError("\n".join(lines))
+
+
+def require_registered(name: str, key: str) -> None:
+    """Raise KeyError where the data set `name`, which config key `key` names, is not registered."""
+    if name not in DatasetCatalog.list():
+        raise KeyError(
+            f"{key} names {name!r}, which is not registered. Registered: "
+            + ", ".join(sorted(DatasetCatalog.list()))
+        )
 
 
 def check_dataset_on_disk(name: str) -> None:
