@@ -101,6 +101,13 @@ def trt_logger(hear: Callable[[str], None] | None = None):
     return Bridge()
 
 
+def pattern_covers(pattern: str, name: str) -> bool:
+    """Whether an entry of FP32_MODULES covers a module: it and all below it, or with "=" in front it alone."""
+    if pattern.startswith("="):
+        return fnmatch.fnmatchcase(name, pattern[1:])
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + ".*")
+
+
 def precision_policy(spec: BuildSpec) -> Callable[[str], torch.dtype]:
     """Module name -> the type it computes in."""
     cache: dict[str, torch.dtype] = {}
@@ -108,10 +115,7 @@ def precision_policy(spec: BuildSpec) -> Callable[[str], torch.dtype]:
     def dtype(name: str) -> torch.dtype:
         name = name.removeprefix("model.")  # patterns are over the model's own names, which Core prefixes
         if name not in cache:
-            pinned = any(
-                fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + ".*")
-                for pattern in spec.fp32_modules
-            )
+            pinned = any(pattern_covers(pattern, name) for pattern in spec.fp32_modules)
             cache[name] = torch.float32 if pinned else spec.dtype
         return cache[name]
 

@@ -39,27 +39,51 @@ def exact_float32() -> Iterator[None]:
             torch.set_float32_matmul_precision("medium")
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected; NaN stays NaN."""
-    actual, expected = actual.double(), expected.double()
-    return ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+class Comparison:
+    """Agreement of (pred_logits, pred_masks) with a reference, over as many batches as are added."""
+
+    def __init__(self):
+        self._errors = {"logit": [0.0, 0.0], "mask": [0.0, 0.0]}  # squared norms: difference, reference
+        self._equal = {"sign": [0, 0], "class": [0, 0]}  # equal, all
+
+    def add(self, actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> Comparison:
+        """One more batch: pred_logits (B, Q, K + 1) and pred_masks (B, Q, H/4, W/4) of both."""
+        logits, masks = actual
+        wanted_logits, wanted_masks = expected
+        self._add_error("logit", logits, wanted_logits)
+        self._add_error("mask", masks, wanted_masks)
+        self._add_equal("sign", (masks > 0) == (wanted_masks > 0))
+        self._add_equal("class", logits.argmax(-1) == wanted_logits.argmax(-1))
+        return self
+
+    def numbers(self) -> dict[str, float]:
+        """
+        Returns:
+            logit_error and mask_error, norms of the difference over those of the reference, where NaN stays NaN;
+            sign_agreement, the share of mask pixels of equal sign; class_agreement, the share of queries with the same
+            best class.
+        """
+        numbers = {
+            f"{name}_error": math.sqrt(difference) / max(math.sqrt(norm), 1e-30)
+            for name, (difference, norm) in self._errors.items()
+        }
+        for name, (equal, count) in self._equal.items():
+            numbers[f"{name}_agreement"] = equal / count if count else math.nan
+        return numbers
+
+    def _add_error(self, name: str, actual: Tensor, expected: Tensor) -> None:
+        actual, expected = actual.double(), expected.double()
+        self._errors[name][0] += (actual - expected).square().sum().item()
+        self._errors[name][1] += expected.square().sum().item()
+
+    def _add_equal(self, name: str, equal: Tensor) -> None:
+        self._equal[name][0] += int(equal.sum())
+        self._equal[name][1] += equal.numel()
 
 
 def compare(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Agreement of (pred_logits, pred_masks) with a reference.
-
-    Returns:
-        logit_error and mask_error, relative; sign_agreement, the share of mask pixels of equal sign; class_agreement, the
-        share of queries with the same best class.
-    """
-    logits, masks = actual
-    wanted_logits, wanted_masks = expected
-    return {
-        "logit_error": relative_error(logits, wanted_logits),
-        "mask_error": relative_error(masks, wanted_masks),
-        "sign_agreement": ((masks > 0) == (wanted_masks > 0)).double().mean().item(),
-        "class_agreement": (logits.argmax(-1) == wanted_logits.argmax(-1)).double().mean().item(),
-    }
+    """Agreement of (pred_logits, pred_masks) with a reference; see Comparison.numbers."""
+    return Comparison().add(actual, expected).numbers()
 
 
 def verify(
@@ -96,8 +120,9 @@ def verify(
         raise ParityError(
             "the engine disagrees with PyTorch float32 and is not used:\n  "
             + "\n  ".join(failures)
-            + "\nKeep more modules in float32 (MODEL.TENSORRT.FP32_MODULES), use a higher MODEL.TENSORRT.PRECISION, or "
-            "change MODEL.TENSORRT.VERIFY.* if the difference is acceptable."
+            + "\nKeep more modules in float32 (MODEL.TENSORRT.FP32_MODULES; `python tools/precision_search.py "
+            "--config-file FILE --weights FILE` finds which), use a higher MODEL.TENSORRT.PRECISION, or change "
+            "MODEL.TENSORRT.VERIFY.* if the difference is acceptable."
         )
     return {"sizes": rows}
 

@@ -9,7 +9,7 @@ import torch
 
 from d2_trt.errors import ParityError
 from d2_trt.options import VERIFY_DEFAULTS, VerifyOptions
-from d2_trt.parity import compare, exact_float32, relative_error, verify
+from d2_trt.parity import Comparison, compare, exact_float32, verify
 
 EXACT = VerifyOptions(**VERIFY_DEFAULTS["fp32"])
 HALF = VerifyOptions(**VERIFY_DEFAULTS["fp16"])
@@ -46,7 +46,23 @@ def test_numbers_are_what_they_are_called():
     assert numbers["class_agreement"] == 3 / 4 and numbers["sign_agreement"] == pytest.approx(4 / 5)
     assert numbers["logit_error"] == pytest.approx((2 / 15) ** 0.5)
     assert numbers["mask_error"] == pytest.approx((4 / 31) ** 0.5)
-    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
+    zeros = torch.zeros(1, 2, 3), torch.zeros(1, 2, 4, 4)
+    assert compare(zeros, zeros)["mask_error"] == 0
+
+
+def test_batches_are_weighed_by_what_they_hold():
+    """As if all pixels were in one: not the mean of the batches' figures."""
+    rng = torch.Generator().manual_seed(1)
+    expected = [(torch.randn(1, 4, 3, generator=rng), torch.randn(1, 4, n, n, generator=rng)) for n in (2, 9)]
+    actual = [(logits + 0.3, masks * (-1 if i else 1)) for i, (logits, masks) in enumerate(expected)]
+    together = Comparison()
+    for one, other in zip(actual, expected):
+        together.add(one, other)
+    numbers = together.numbers()
+    assert numbers["sign_agreement"] == pytest.approx(4 / 85)
+    flat = [torch.cat([masks.flatten() for _, masks in outputs]) for outputs in (actual, expected)]
+    assert numbers["mask_error"] == pytest.approx(float((flat[0] - flat[1]).norm() / flat[1].norm()))
+    assert numbers["class_agreement"] == 1
 
 
 def disturbed(size, logits=0.0, masks=0.0, flip_class=False):
@@ -82,6 +98,7 @@ def test_disagreement_names_tensor_size_and_key(wrong, tensor, key):
     assert f"at 1x3x16x8: {tensor}" in message and key in message
     assert "1x3x8x12" not in message  # where it agrees
     assert "MODEL.TENSORRT.FP32_MODULES" in message and "MODEL.TENSORRT.PRECISION" in message
+    assert "python tools/precision_search.py" in message
 
 
 def test_every_size_is_compared_before_it_fails():

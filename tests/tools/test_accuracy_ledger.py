@@ -1,0 +1,344 @@
+"""tools/accuracy_ledger.py with the small model on the CPU, and doubles of TensorRT: rows, table, limits, what fails."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import ledger_markdown
+import pytest
+import torch
+from detectron2.modeling import build_model
+from ledger_evaluation import engine_cfg, metric_columns
+from measurements import MeasurementFile, read_rows, size_pair
+
+from mask2former import get_mask2former_cfg
+from mask2former.data.datasets.shapes import register_shapes
+from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
+from tests.d2_trt.backend_helpers import workshop as workshop
+
+REPO = Path(__file__).resolve().parents[2]
+CONFIG = "configs/shapes/maskformer2_mini_shapes.yaml"
+PREFIX = "ledgertest"
+OPTS = [
+    *("DATASETS.TEST", f"('{PREFIX}_val_panoptic',)", "DATASETS.TRAIN", f"('{PREFIX}_train_panoptic',)"),
+    *("DATALOADER.NUM_WORKERS", "0", "MODEL.MASK_FORMER.DEC_LAYERS", "2"),
+    *("MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A checkpoint of the small model that predicts something, and the data set registered."""
+    folder = tmp_path_factory.mktemp("ledger")
+    make_shapes_dataset(folder / "shapes", ShapesOptions(train=1, val=3, seed=4, min_size=48, max_size=80))
+    register_shapes(str(folder / "shapes"), PREFIX)
+    torch.manual_seed(1)
+    model = build_model(get_mask2former_cfg(REPO / CONFIG, ["MODEL.DEVICE", "cpu", *OPTS]))
+    with torch.no_grad():
+        model.sem_seg_head.predictor.class_embed.weight.mul_(20)
+    torch.save({"model": model.state_dict()}, folder / "weights.pth")
+    return folder / "weights.pth"
+
+
+@pytest.fixture(scope="module")
+def ledger():
+    spec = importlib.util.spec_from_file_location("accuracy_ledger", REPO / "tools" / "accuracy_ledger.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(ledger, weights, tmp_path, monkeypatch):
+    """Exit status, and the rows of the newest CSV file."""
+    monkeypatch.chdir(REPO)
+
+    def call(*words: str, opts=()) -> tuple[int, list[dict[str, str]]]:
+        quick = ["--config-file", CONFIG, "--weights", str(weights), "--device", "cpu", "--compare", "2"]
+        quick += ["--warmup", "0", "--iterations", "1", "--work", str(tmp_path / "work")]
+        quick += ["--output", str(tmp_path / "results")]
+        quick += [] if "--size" in words else ["--size", "64/80"]
+        status = ledger.main([*quick, *words, "--", *OPTS, *opts])
+        paths = sorted((tmp_path / "results").glob("*.csv"), key=lambda path: path.stat().st_mtime_ns)
+        if not paths:
+            return status, []
+        with open(paths[-1], newline="") as file:
+            return status, list(csv.DictReader(file))
+
+    return call
+
+
+@pytest.fixture
+def page(tmp_path) -> Path:
+    """A Markdown file with a place for the table."""
+    begin, end = ledger_markdown.markers("zoo")
+    path = tmp_path / "page.md"
+    path.write_bytes(f"# Title\r\n\n{begin}\nan old table\n{end}\n\nThe | rest\n".encode())
+    return path
+
+
+def test_every_size_batch_and_precision_is_a_row(run, capsys):
+    status, rows = run(
+        "--backend", "torch", "--precision", "fp32", "bf16", "--size", "64/80", "48/64", "--batch", "1", "2"
+    )
+    assert status == 0 and len(rows) == 2 * 2 * 2
+    assert {(r["min_size"], r["max_size"]) for r in rows} == {("64", "80"), ("48", "64")}
+    for row in rows:
+        assert row["status"] == "ok" and row["config"] == "shapes/maskformer2_mini_shapes.yaml"
+        assert row["images"] == "3" and row["compared"] == "2" and len(row["checkpoint"]) == 12
+        assert all(
+            0 <= float(row[name]) <= 100
+            for name in ("PQ", "SQ", "RQ", "AP", "AP50", "AP75", "mIoU", "fwIoU", "mACC")
+        )
+        assert float(row["core_ms"]) > 0
+        if row["precision"] == "fp32":
+            assert float(row["mask_error"]) == 0 and float(row["sign_agreement"]) == 1 and row["d_PQ"] == ""
+        else:
+            assert 1e-4 < float(row["mask_error"]) < 0.5 and row["d_PQ"] != ""
+    printed = capsys.readouterr().out
+    assert "mIoU (fwIoU, mACC)" in printed and "python tools/" in printed
+
+
+def test_metrics_are_those_of_train_net(run, weights, tmp_path, monkeypatch):
+    import json
+
+    import train_net
+
+    _, (row,) = run("--backend", "torch", "--precision", "fp32")
+    words = [
+        "--eval-only",
+        "--config-file",
+        CONFIG,
+        *OPTS,
+        "MODEL.DEVICE",
+        "cpu",
+        "MODEL.WEIGHTS",
+        str(weights),
+    ]
+    words += ["INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "80", "OUTPUT_DIR", str(tmp_path / "plain")]
+    assert train_net.run(words) == 0
+    results = json.loads((tmp_path / "plain" / "inference" / "results.json").read_text())
+    expected = {k: str(v) for k, v in metric_columns(results[f"{PREFIX}_val_panoptic"]).items()}
+    assert {k: row[k] for k in expected} == expected and len(expected) >= 12
+    assert float(row["mIoU"]) > 0
+
+
+def test_engine_of_all_rows_is_built_once_and_serves_every_size(run, workshop):
+    words = (
+        "--size",
+        "48/64",
+        "64/80",
+        "--batch",
+        "1",
+        "2",
+        "--backend",
+        "tensorrt",
+        "--precision",
+        "fp32",
+        "--limits",
+    )
+    status, rows = run(*words)
+    assert status == 0 and len(workshop.built) == 1
+    spec = workshop.built[0]
+    assert spec.min_shape[0] == 1 and spec.max_shape[0] == 2 and spec.precision == "fp32"
+    assert [r["backend"] for r in rows] == ["torch"] * 4 + [
+        "tensorrt"
+    ] * 4  # the reference came first, unasked
+    for row in rows[4:]:
+        assert row["status"] == "ok" and float(row["engine_mib"]) >= 0 and row["d_PQ"] == "0.0"
+        assert float(row["class_agreement"]) == 1
+
+
+def test_refused_engine_is_a_row_and_the_others_are_measured(run, workshop, page, capsys):
+    workshop.disturb = lambda logits, masks: (logits, masks.neg())
+    status, rows = run(
+        *("--backend", "torch", "tensorrt", "--precision", "fp32", "bf16", "--batch", "1", "2"),
+        *("--markdown", str(page), "--section", "zoo"),
+    )
+    assert status == 1
+    told = {(r["backend"], r["precision"], r["batch"]): r["status"] for r in rows}
+    assert [told["torch", p, b] for p in ("fp32", "bf16") for b in "12"] == ["ok"] * 4
+    for batch in "12":
+        assert told["tensorrt", "fp32", batch].startswith("failed: the engine disagrees with PyTorch float32")
+    assert len(workshop.built) == 2  # one a precision: what was refused is not built again for the next batch
+    text = page.read_text()
+    assert "failed: the engine disagrees" in text and text.count("| torch | bf16 |") == 2
+    assert "failed: the engine disagrees" in capsys.readouterr().err
+
+
+def test_engine_beyond_the_limits_is_told(run, workshop, capsys):
+    workshop.disturb = lambda logits, masks: (logits.roll(1, -1), masks)
+    words = ("--backend", "tensorrt", "--precision", "fp32")
+    opts = ("MODEL.TENSORRT.VERIFY.ENABLED", "False")
+    status, rows = run(*words, opts=opts)
+    assert status == 0 and [r["status"] for r in rows] == ["ok"] * 2  # only told to measure
+    status, rows = run(*words, "--limits", "mIoU", opts=opts)
+    assert status == 1 and float(rows[1]["d_mIoU"]) != 0
+    assert "mIoU differs by" in capsys.readouterr().err
+
+
+def row_of(ledger, backend="tensorrt", precision="fp16", **values) -> dict[str, str]:
+    return {
+        **dict.fromkeys(ledger.FIELDS, ""),
+        "backend": backend,
+        "precision": precision,
+        "status": "ok",
+        **values,
+    }
+
+
+@pytest.mark.parametrize(
+    "precision, value, good",
+    [
+        ("fp32", "50.05", True),
+        ("fp32", "50.06", False),
+        ("tf32", "49.94", False),
+        ("fp16", "50.09", True),
+        ("fp16", "49.89", False),
+        ("bf16", "", False),
+    ],
+)
+def test_limits_are_those_of_the_precision(ledger, precision, value, good):
+    rows = [row_of(ledger, "torch", "fp32", PQ="50.0"), row_of(ledger, precision=precision, PQ=value)]
+    assert (ledger.beyond_limits(rows, ["PQ", "AP"]) == []) is good
+    assert ledger.beyond_limits(rows, ["AP"]) == []
+
+
+def test_row_without_a_reference_is_not_within_the_limits(ledger):
+    other = row_of(ledger, "torch", "fp32", PQ="50.0", batch="4")
+    assert "no reference" in ledger.beyond_limits([other, row_of(ledger, PQ="50.0", batch="1")], ["PQ"])[0]
+
+
+def test_interrupted_run_is_continued_and_failures_are_tried_again(
+    run, tmp_path, capsys, workshop, monkeypatch
+):
+    words = ("--backend", "torch", "tensorrt", "--precision", "fp32")
+    workshop.fail = RuntimeError("CUDA error: out of patience")
+    status, rows = run(*words)
+    assert status == 1 and rows[1]["status"] == "failed: RuntimeError: CUDA error: out of patience"
+    (path,) = (tmp_path / "results").glob("*.csv")
+    # As a kill leaves it: the last line cut off in the middle.
+    content = path.read_bytes()
+    path.write_bytes(content[:-20])
+    workshop.fail = None
+    status, rows = run(*words, "--resume", str(path))
+    assert status == 0 and [r["backend"] for r in rows] == ["torch", "tensorrt"] and rows[1]["status"] == "ok"
+    assert "torch fp32: measured before" in capsys.readouterr().err
+    built = len(workshop.built)
+    before = path.read_bytes()
+    assert run(*words, "--resume", str(path))[0] == 0
+    assert path.read_bytes() == before and len(workshop.built) == built
+    # Another checkpoint, another number of images compared: other measurements.
+    words = ("--backend", "torch", "--precision", "fp32")
+    assert run(*words, "--resume", str(path), "--compare", "1")[0] == 0
+    assert len(read_rows(path, list(rows[0]))) == 3
+
+
+def test_markdown_outside_the_markers_stays_as_it_is(run, page, tmp_path):
+    assert (
+        run("--backend", "torch", "--precision", "fp32", "--markdown", str(page), "--section", "zoo")[0] == 0
+    )
+    content = page.read_bytes()
+    begin, end = (marker.encode() for marker in ledger_markdown.markers("zoo"))
+    assert content.startswith(b"# Title\r\n\n" + begin + b"\n\n| backend |")
+    assert content.endswith(b"```\n\n" + end + b"\n\nThe | rest\n")
+    assert (b"an old table" not in content and b"x86_64" in content) or b"PyTorch " in content
+    # The same table from the file alone, and nothing measured; written twice it does not grow.
+    (path,) = (tmp_path / "results").glob("*.csv")
+    assert run("--from-csv", str(path), "--markdown", str(page), "--section", "zoo")[0] == 0
+    assert page.read_bytes() == content
+    assert list(tmp_path.glob(".page*")) == []
+
+
+@pytest.mark.parametrize("text", ["nothing", "{end}\n{begin}", "{begin}\n{begin}\n{end}", "{begin}"])
+def test_page_without_a_place_is_refused_before_anything_is_measured(run, tmp_path, capsys, text):
+    begin, end = ledger_markdown.markers("zoo")
+    path = tmp_path / "page.md"
+    path.write_text(text.format(begin=begin, end=end))
+    before = path.read_bytes()
+    status, rows = run("--backend", "torch", "--markdown", str(path), "--section", "zoo")
+    assert status == 2 and rows == [] and path.read_bytes() == before
+    assert begin in capsys.readouterr().err
+
+
+def test_reason_with_a_bar_does_not_break_the_table(ledger):
+    rows = [
+        row_of(ledger, status="failed: a | b\nc", min_size="1", max_size="2", batch="1"),
+        row_of(ledger, "torch", PQ="1"),
+    ]
+    lines = ledger_markdown.table(rows).splitlines()
+    assert "failed: a \\| b c" in lines[2]
+    assert len({line.replace("\\|", "").count("|") for line in lines[:4]}) == 1
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--weights", "nope.pth"], "MODEL.WEIGHTS nope.pth: there is no such file"),
+        (["--backend", "tensorflow"], "MODEL.BACKEND is 'tensorflow', which is not registered"),
+        (["--config-file", "configs/nope.yaml"], "does not exist"),
+    ],
+)
+def test_mistakes_end_before_anything_is_measured(run, capsys, words, message):
+    status, rows = run(*words)
+    assert status == 2 and rows == [] and message in capsys.readouterr().err
+
+
+def test_several_data_sets_are_refused(run, capsys):
+    sets = f"('{PREFIX}_val_panoptic','{PREFIX}_val_instance')"
+    assert run(opts=("DATASETS.TEST", sets))[0] == 2
+    assert "a ledger is of one data set" in capsys.readouterr().err
+
+
+def test_tensorrt_that_is_missing_is_a_row(run, capsys):
+    status, rows = run("--backend", "tensorrt", "--precision", "fp16")
+    assert status == 1 and [r["status"][:7] for r in rows] == ["ok", "failed:"]
+    assert "runs on an NVIDIA GPU" in rows[1]["status"]
+
+
+@pytest.mark.parametrize(
+    "words", [["--size", "800"], ["--size", "800/600"], ["--batch", "0"], ["--limits", "IQ"], []]
+)
+def test_wrong_arguments(ledger, words):
+    given = ["--config-file", CONFIG, "--weights", "w.pth"] if words else []
+    with pytest.raises(SystemExit) as error:
+        ledger.parse_args([*given, *words])
+    assert error.value.code == 2
+
+
+def test_range_of_the_engine_covers_all_sizes():
+    cfg = get_mask2former_cfg(REPO / CONFIG, [])
+    made = engine_cfg(cfg, [(320, 512), (224, 384)], [4, 1])
+    low, opt, high = ([int(n) for n in text.split("x")] for text in made.MODEL.TENSORRT.SHAPES)
+    assert made.MODEL.TENSORRT.MAX_BATCH_SIZE == 4 and made.MODEL.TENSORRT.OPT_BATCH_SIZE == 1
+    assert high == [512, 512] and all(a <= b <= c for a, b, c in zip(low, opt, high)) and max(low) <= 224
+    assert made.MODEL.TENSORRT.ON_OUT_OF_RANGE == made.MODEL.TENSORRT.ON_ERROR == "raise"
+    asked = get_mask2former_cfg(REPO / CONFIG, ["MODEL.TENSORRT.SHAPES", ["512x512"]])
+    assert engine_cfg(asked, [(320, 512)], [1]).MODEL.TENSORRT.SHAPES == ["512x512"]
+    assert cfg.MODEL.TENSORRT.SHAPES == []
+
+
+def test_file_of_another_tool_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
+    with pytest.raises(ValueError, match="has the columns x, y; expected a, b"):
+        MeasurementFile(tmp_path / "a.csv", ["a", "b"], ["a"])
+
+
+def test_last_of_equal_measurements_counts(tmp_path):
+    file = MeasurementFile(tmp_path / "deep" / "a.csv", ["a", "b"], ["a"])
+    file.add({"a": 1, "b": "failed"})
+    file.add({"a": 2, "b": 'with "quotes", and commas'})
+    file.add({"a": 1, "b": "good"})
+    again = MeasurementFile(tmp_path / "deep" / "a.csv", ["a", "b"], ["a"])
+    assert (
+        [r["b"] for r in again.rows] == ["good", 'with "quotes", and commas'] == [r["b"] for r in file.rows]
+    )
+    assert again.find({"a": 3}) is None
+    with pytest.raises(KeyError, match="no columns"):
+        file.add({"c": 1})
+
+
+def test_sizes_are_read():
+    assert size_pair("800/1333") == (800, 1333)

@@ -1,0 +1,170 @@
+"""Measurements of a checkpoint, a row each, in CSV files that are continued: for the ledger and the precision search."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.utils.file_io import PathManager
+
+REPO = Path(__file__).resolve().parent.parent
+MACHINE = ("gpu", "torch", "cuda", "tensorrt", "detectron2", "python")
+
+
+def machine(device: str) -> dict[str, str]:
+    """Columns of MACHINE: the GPU (or processor), and versions; TensorRT's is empty where it is not installed."""
+    try:
+        tensorrt = importlib.metadata.version("tensorrt")
+    except importlib.metadata.PackageNotFoundError:
+        tensorrt = ""
+    import detectron2
+
+    cuda = device.startswith("cuda")
+    return {
+        "gpu": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "cuda": (torch.version.cuda or "") if cuda else "",
+        "tensorrt": tensorrt,
+        "detectron2": detectron2.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def checkpoint_digest(path: str) -> str:
+    """The first 12 digits of the sha256 of a checkpoint file."""
+    digest = hashlib.sha256()
+    with PathManager.open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+def config_name(path: str) -> str:
+    """A config's path below configs/, or as it is where it lies elsewhere."""
+    absolute, root = Path(path).resolve(), REPO / "configs"
+    return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else str(path)
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """The command of this process, as it can be given again."""
+    return shlex.join(["python", f"tools/{Path(sys.argv[0]).name}" if sys.argv[0] else "python", *argv])
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def size_pair(text: str) -> tuple[int, int]:
+    """An argument of the form MIN/MAX: values for INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST."""
+    try:
+        shortest, longest = (int(part) for part in text.split("/"))
+    except ValueError:
+        shortest = longest = 0
+    if not 1 <= shortest <= longest:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not MIN/MAX, two whole numbers of pixels of which the second is not the smaller, such as 800/1333"
+        )
+    return shortest, longest
+
+
+def number(value: float, digits: int = 6) -> float | str:
+    """What goes into a cell: rounded to so many significant digits, empty for NaN."""
+    return "" if value != value else float(f"{value:.{digits}g}")
+
+
+class MeasurementFile:
+    """Rows of a CSV file, each on disk as soon as it is added; a run that was cut off is continued in the same file.
+
+    Rows that agree in the identifying columns are the same measurement: the last one counts.
+    """
+
+    def __init__(self, path: str | os.PathLike, fields: Sequence[str], identity: Sequence[str]):
+        """
+        Args:
+            fields: columns.
+            identity: those that say what was measured.
+
+        Raises:
+            ValueError: the file is there and has other columns.
+        """
+        self.path = Path(path)
+        self._fields = list(fields)
+        self._identity = list(identity)
+        self._rows: dict[tuple[str, ...], dict[str, str]] = {}
+        if self.path.exists():
+            for row in read_rows(self.path, self._fields):
+                self._rows[self._key(row)] = row
+
+    @staticmethod
+    def new_path(folder: str, what: str, columns: Mapping[str, str]) -> Path:
+        """A file named by what was measured, the GPU, the versions and the time."""
+        tensorrt = f"_trt{columns['tensorrt']}" if columns["tensorrt"] else ""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        name = f"{what}_{columns['gpu']}_torch{columns['torch']}{tensorrt}_{stamp}.csv"
+        return Path(folder) / "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """All measurements, in the order in which they were first made."""
+        return list(self._rows.values())
+
+    def find(self, columns: Mapping[str, Any]) -> dict[str, str] | None:
+        """The measurement that agrees with these columns in all that identify one."""
+        return self._rows.get(self._key(columns))
+
+    def add(self, columns: Mapping[str, Any]) -> dict[str, str]:
+        """Write a row; returns it as it reads in the file."""
+        unknown = set(columns) - set(self._fields)
+        if unknown:
+            raise KeyError(f"{self.path} has no columns {sorted(unknown)}")
+        row = {field: str(columns.get(field, "")) for field in self._fields}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.exists() or self.path.stat().st_size == 0
+        with open(self.path, "a", newline="") as file:
+            writer = csv.DictWriter(file, self._fields)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            os.fsync(file.fileno())
+        self._rows[self._key(row)] = row
+        return row
+
+    def _key(self, columns: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(str(columns.get(field, "")) for field in self._identity)
+
+
+def read_rows(path: str | os.PathLike, fields: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of a CSV file.
+
+    A last line that was cut off in the middle, as by a kill, is left out and cut off from the file.
+
+    Raises:
+        ValueError: its columns are not `fields`.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    text = path.read_bytes().decode()
+    if not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        with open(path, "r+b") as file:
+            file.truncate(len(text.encode()))
+    reader = csv.DictReader(text.splitlines(keepends=True))
+    if text and reader.fieldnames != list(fields):
+        raise ValueError(
+            f"{path} has the columns {', '.join(reader.fieldnames or ['(none)'])}; expected {', '.join(fields)}. It is of "
+            "another tool or version: name another file"
+        )
+    return list(reader)
