@@ -25,8 +25,6 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
-from benchmark_backends import install
-from benchmark_timing import Timer
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -35,12 +33,12 @@ from ledger_evaluation import (
     AGREEMENT,
     METRICS,
     Images,
-    Network,
     agreement_columns,
     engine_cfg,
     evaluate,
     latency_columns,
     sized,
+    use_backend,
 )
 from ledger_markdown import MarkerError, check_section, table, write_section
 from measurements import (
@@ -195,8 +193,6 @@ class Ledger:
         self._file = file
         self._model = build_model(cfg).eval()
         DetectionCheckpointer(self._model).load(cfg.MODEL.WEIGHTS)
-        self._network = Network(self._model)
-        self._timer = Timer(cfg.MODEL.DEVICE, args.warmup, args.iterations)
         self._sizes = args.size or [(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
         images = len(DatasetCatalog.get(cfg.DATASETS.TEST[0]))
         self._common = {
@@ -238,18 +234,17 @@ class Ledger:
         if all(row is not None and row["status"] == "ok" for row in rows):
             _say(f"{backend} {precision}: measured before, in {self._file.path}")
             return rows
-        about, refused = {}, ""
+        built, refused = {}, ""
         try:
             cfg = engine_cfg(self._cfg, self._sizes, self._args.batch) if backend == "tensorrt" else self._cfg
-            about = install(self._network, cfg, backend, precision)
+            built = use_backend(self._model, cfg, backend, precision)
         except RuntimeError as error:  # BackendError, and what CUDA and TensorRT raise
             refused = _reason(error)
-        about = {name: about[name] for name in ("build_s", "engine_mib") if name in about}
         done = []
         for columns, row in zip(wanted, rows):
             if row is None or row["status"] != "ok":
                 row = self._file.add(
-                    {**columns, **about, **(self._measure(columns) if not refused else {"status": refused})}
+                    {**columns, **built, **(self._measure(columns) if not refused else {"status": refused})}
                 )
                 _say(_told(row))
             done.append(row)
@@ -264,8 +259,9 @@ class Ledger:
         cfg = sized(self._cfg, size, batch, os.path.join(self._args.work, columns["checkpoint"], name))
         try:
             images = Images(cfg, self._model, self._args.compare)
-            values = latency_columns(self._model, images, precision, self._timer)
-            values.update(agreement_columns(self._model, images, precision, cfg.MODEL.DEVICE))
+            device, times = cfg.MODEL.DEVICE, (self._args.warmup, self._args.iterations)
+            values = latency_columns(self._model, images, precision, device, *times)
+            values.update(agreement_columns(self._model, images, precision, device))
             metrics = evaluate(cfg, self._model, precision)
         except RuntimeError as error:
             return {"status": _reason(error)}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import statistics
+import time
 from collections.abc import Iterator
 
 import torch
-from benchmark_timing import Timer, set_precision
 from detectron2.config import CfgNode
 from measurements import number
 
 from d2_trt.options import TensorRTOptions
 from d2_trt.parity import Comparison, exact_float32
+from mask2former.backend import BackendError, build_backend
 from mask2former.evaluation import build_test_loader, evaluate_model
 
 # (column, task of the results, name there), in points: percent.
@@ -25,23 +28,47 @@ METRICS = (
 AGREEMENT = ("logit_error", "mask_error", "sign_agreement", "class_agreement")
 
 
-class Network:
-    """A model whose network is run by one backend after another."""
+def use_backend(model, cfg: CfgNode, backend: str, precision: str) -> dict[str, float]:
+    """Have a model's network run by a backend.
 
-    def __init__(self, model):
-        self.model = model
+    Args:
+        precision: of an engine; PyTorch's is `pytorch_precision`.
 
-    def use(self, backend) -> None:
-        self.model.backend = backend
+    Returns:
+        of TensorRT "build_s", the seconds that building the engine took, whenever that was, and "engine_mib".
+
+    Raises:
+        BackendError: the backend cannot run here, or its engine was refused.
+    """
+    model.backend = None
+    gc.collect()  # the engine of the backend before
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.BACKEND, cfg.MODEL.TENSORRT.PRECISION = backend, precision
+    made = build_backend(backend, model, cfg)
+    made.prepare()
+    told = made.describe()
+    if backend == "tensorrt" and told["backend"] != "tensorrt":
+        raise BackendError(f"nothing of TensorRT's to measure: the backend is {told['backend']}")
+    model.backend = made
+    if not told.get("engines"):
+        return {}
+    engine = told["engines"][0]
+    return {"build_s": round(engine["build_seconds"], 1), "engine_mib": round(engine["mib"], 1)}
 
 
 @contextlib.contextmanager
 def pytorch_precision(precision: str, device: str) -> Iterator[None]:
-    """PyTorch's arithmetic; TF32 is as before afterwards."""
+    """PyTorch's arithmetic: fp32, tf32, or autocast to fp16 or bf16; TF32 is as before afterwards."""
     owners = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [owner.allow_tf32 for owner in owners]
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
     try:
-        with set_precision(precision, device):
+        for owner in owners:
+            owner.allow_tf32 = precision != "fp32"
+        with torch.autocast(device.split(":")[0], dtype=half) if half else contextlib.nullcontext():
             yield
     finally:
         for owner, value in zip(owners, before):
@@ -144,9 +171,32 @@ def agreement_columns(model, images: Images, precision: str, device: str) -> dic
 
 
 @torch.no_grad()
-def latency_columns(model, images: Images, precision: str, timer: Timer) -> dict:
+def latency_columns(model, images: Images, precision: str, device: str, warmup: int, iterations: int) -> dict:
     """Median time of the network alone on the first of the batches, and that batch's padded size."""
     batch = next(images.batches())
-    with pytorch_precision(precision, timer.device):
-        times = timer.measure(lambda: model.backend(batch))
-    return {"core_ms": times["median_ms"], "padded": "x".join(map(str, batch.shape[-2:]))}
+    with pytorch_precision(precision, device):
+        times = call_times(lambda: model.backend(batch), device, warmup, iterations)
+    return {
+        "core_ms": round(statistics.median(times), 3),
+        "padded": "x".join(map(str, batch.shape[-2:])),
+    }
+
+
+def call_times(call, device: str, warmup: int, iterations: int) -> list[float]:
+    """Milliseconds of each of some calls: between CUDA events around it, on a CPU by the clock."""
+    for _ in range(warmup):
+        call()
+    times = []
+    for _ in range(iterations):
+        if device.startswith("cuda"):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            begin = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - begin) * 1e3)
+    return times
