@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-size", type=int, default=defaults.max_size, help="longest side in pixels (%(default)s)"
     )
-    parser.add_argument("--workers", type=int, default=None, help="threads (one per CPU)")
+    parser.add_argument("--workers", type=int, default=None, help="processes (one per CPU)")
     parser.add_argument("--force", action="store_true", help="draw again even if it is there")
     return parser.parse_args(argv)
 

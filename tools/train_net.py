@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -70,6 +71,13 @@ class UsageError(Exception):
 def build_parser() -> argparse.ArgumentParser:
     parser = default_argument_parser(epilog=EPILOG)
     parser.description = __doc__
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="of training: when they are over it writes a checkpoint and ends with status 0, before the last evaluation; "
+        "--resume goes on as if it had not stopped",
+    )
     return parser
 
 
@@ -77,6 +85,8 @@ def check_args(args: argparse.Namespace) -> None:
     """What can be told before any process starts."""
     if not args.config_file:
         raise UsageError("--config-file is missing: name a file of configs/")
+    if args.time_limit is not None and not args.time_limit > 0:
+        raise UsageError(f"--time-limit {args.time_limit:g}: must be a positive number of seconds")
     if args.num_gpus < 1:
         raise UsageError(
             f"--num-gpus {args.num_gpus}: must be at least 1. To run without a GPU, leave --num-gpus out and "
@@ -193,7 +203,7 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 def train(args: argparse.Namespace) -> dict | None:
     cfg = setup(args)
-    trainer = Trainer(cfg)
+    trainer = Trainer(cfg, args.deadline)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
@@ -212,6 +222,8 @@ def main(args: argparse.Namespace) -> dict | None:
 
 def run(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    # Counted from here, so that the start is part of it.
+    args.deadline = None if args.time_limit is None else time.monotonic() + args.time_limit
     try:
         check_args(args)
         # Read here too: a mistake in the config should not end in the tracebacks of several processes.

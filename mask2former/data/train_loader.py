@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
+import math
+import pickle
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -15,6 +18,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .dataset_mappers import build_train_mapper
@@ -84,23 +88,17 @@ class TrainLoader:
     def __iter__(self) -> Iterator[list[dict]]:
         places = self._grouped(iter(self.make_sampler(self.seed)))
         keys = itertools.islice(enumerate(places), self.start_batch * self.batch_size, None)
-        more = {}
-        if self.num_workers:
-            # Enough for the next batch, which is made while the model works on this one.
-            more["prefetch_factor"] = max(2, -(-self.batch_size // self.num_workers))
         loader = DataLoader(
-            _SeededDataset(self.records, self.mapper, self.seed, comm.get_rank()),
-            sampler=_Keys(keys),
+            _SeededBatches(self.records, self.mapper, self.seed, comm.get_rank()),
+            sampler=_Batches(keys, self.batch_size),
             batch_size=None,
             num_workers=self.num_workers,
-            collate_fn=_as_is,
+            collate_fn=batch_to_bytes if self.num_workers else _as_is,
             # Its own, or its start would draw from the model's random numbers.
             generator=torch.Generator().manual_seed(self.seed),
-            **more,
         )
-        images = iter(loader)
-        while True:
-            yield list(itertools.islice(images, self.batch_size))
+        for batch in loader:
+            yield batch_from_bytes(batch) if self.num_workers else batch
 
     def _grouped(self, places: Iterator[int]) -> Iterator[int]:
         """The stream in the order of its batches."""
@@ -195,18 +193,20 @@ def _image_shape(record: dict) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-class _Keys:
-    """A sampler of what is left of an iterator."""
+class _Batches:
+    """A sampler of what is left of an iterator, in lists of a batch each."""
 
-    def __init__(self, keys: Iterator[tuple[int, int]]):
+    def __init__(self, keys: Iterator[tuple[int, int]], batch_size: int):
         self._keys = keys
+        self._batch_size = batch_size
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return self._keys
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        while batch := list(itertools.islice(self._keys, self._batch_size)):
+            yield batch
 
 
-class _SeededDataset(Dataset):
-    """Mapped records by (place in the stream, place in the data set)."""
+class _SeededBatches(Dataset):
+    """Batches of mapped records by lists of (place in the stream, place in the data set)."""
 
     def __init__(self, records: Dataset, mapper: Callable[[dict], dict], seed: int, rank: int):
         self._records = records
@@ -214,8 +214,10 @@ class _SeededDataset(Dataset):
         self._seed = seed
         self._rank = rank
 
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        position, place = key
+    def __getitem__(self, keys: list[tuple[int, int]]) -> list[dict]:
+        return [self._mapped(*key) for key in keys]
+
+    def _mapped(self, position: int, place: int) -> dict:
         record = self._records[place]
         with _random_state(derived_seed(self._seed, self._rank, position)):
             try:
@@ -245,3 +247,39 @@ def _random_state(seed: int) -> Iterator[None]:
 
 def _as_is(record: dict) -> dict:
     return record
+
+
+class _BatchPickler(pickle.Pickler):
+    def reducer_override(self, value):
+        if (
+            not isinstance(value, Tensor)
+            or value.device.type != "cpu"
+            or value.layout != torch.strided
+            or value.requires_grad
+            or value.dtype == torch.bfloat16  # numpy has none
+        ):
+            return NotImplemented
+        array = value.numpy()
+        if array.dtype != bool:
+            return torch.from_numpy, (array,)
+        return _unpack_bits, (np.packbits(array), array.shape)
+
+
+def batch_to_bytes(batch: list[dict]) -> bytes:
+    """A batch in one piece, masks as bits.
+
+    PyTorch's own way from a worker to the main process is a piece of shared memory for each tensor, which costs the main
+    process 0.5 ms apiece and needs a large /dev/shm.
+    """
+    buffer = io.BytesIO()
+    _BatchPickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(batch)
+    return buffer.getvalue()
+
+
+def batch_from_bytes(data: bytes) -> list[dict]:
+    """The batch that `batch_to_bytes` was given."""
+    return pickle.loads(data)
+
+
+def _unpack_bits(bits: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(np.unpackbits(bits, count=math.prod(shape)).view(bool).reshape(shape))

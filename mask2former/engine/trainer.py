@@ -10,7 +10,6 @@ import weakref
 from collections import OrderedDict
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, hooks
 from detectron2.engine.defaults import create_ddp_model
@@ -22,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data.train_loader import TrainLoader, build_train_loader, derived_seed, training_seed
 from ..evaluation import evaluate_model
 from ..solver import build_lr_scheduler, build_optimizer
+from .checkpoint import WholeFileCheckpointer
+from .time_limit import TimeIsUp, TimeLimit
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class TrainStep(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self._device_type = next(model.parameters()).device.type
         self._amp = amp
+        self._next_batch: list[dict] | None = None
         self.grad_scaler = torch.amp.GradScaler("cuda", enabled=amp and self._device_type == "cuda")
 
     def run_step(self) -> None:
@@ -62,20 +64,30 @@ class TrainStep(SimpleTrainer):
             raise RuntimeError(
                 "the model is in evaluation mode: a hook called model.eval() and not model.train()"
             )
-        start = time.perf_counter()
-        batch = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
+        batch, self._next_batch = self._next_batch, None
+        data_time = 0.0
+        if batch is None:
+            batch, data_time = self._load()
         dtype = torch.float16 if self._device_type == "cuda" else torch.bfloat16
         with torch.autocast(self._device_type, dtype=dtype, enabled=self._amp):
             losses = self.model(batch)
             total = sum(losses.values())
         self.optimizer.zero_grad(set_to_none=True)
         self.grad_scaler.scale(total).backward()
+        if self._device_type == "cuda":
+            # While the GPU works: the next line waits for it.
+            self._next_batch, seconds = self._load()
+            data_time += seconds
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
         # Last, and in one piece: this waits for the GPU.
         values = torch.stack(list(losses.values())).detach().cpu()
         self._write_metrics(dict(zip(losses, values)), data_time)
+
+    def _load(self) -> tuple[list[dict], float]:
+        """The next batch, and the seconds it took."""
+        start = time.perf_counter()
+        return next(self._data_loader_iter), time.perf_counter() - start
 
     def state_dict(self) -> dict:
         return {
@@ -100,10 +112,11 @@ class Trainer(DefaultTrainer):
     in no fixed order. detectron2's own trainer starts the data anew, and before 2022 the optimizer too.
     """
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: CfgNode, deadline: float | None = None):
         """
         Args:
             cfg: frozen or not; MODEL.BACKEND is torch, see `torch_training_cfg`.
+            deadline: on the clock of time.monotonic(); see `TimeLimit`. None: train to the end.
         """
         # Not DefaultTrainer's, which builds a step of its own; its versions differ in what that is.
         TrainerBase.__init__(self)
@@ -121,10 +134,13 @@ class Trainer(DefaultTrainer):
         model = create_ddp_model(model, broadcast_buffers=False)
         self._trainer = TrainStep(model, data_loader, optimizer, amp=cfg.SOLVER.AMP.ENABLED)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = WholeFileCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
+        if deadline is not None:
+            # Last: what the others do after an iteration belongs to it.
+            self.register_hooks([TimeLimit(deadline)])
 
     @classmethod
     def build_optimizer(cls, cfg, model):
@@ -143,7 +159,14 @@ class Trainer(DefaultTrainer):
         """Evaluate on DATASETS.TEST; see `evaluate_model`."""
         if evaluators is not None:
             raise ValueError("evaluators follow from the config: pass none")
-        return evaluate_model(cfg, model.module if isinstance(model, DistributedDataParallel) else model)
+        # Test images differ in size: cuDNN would search its kernels anew for most of them.
+        with torch.backends.cudnn.flags(
+            enabled=torch.backends.cudnn.enabled,
+            benchmark=False,
+            deterministic=torch.backends.cudnn.deterministic,
+            allow_tf32=torch.backends.cudnn.allow_tf32,
+        ):
+            return evaluate_model(cfg, model.module if isinstance(model, DistributedDataParallel) else model)
 
     def build_hooks(self) -> list:
         made = super().build_hooks()
@@ -172,6 +195,22 @@ class Trainer(DefaultTrainer):
         super().resume_or_load(resume=resume)
         self.data_loader.start_batch = self.start_iter
 
+    def train(self) -> dict | None:
+        """Train to SOLVER.MAX_ITER, or up to the deadline.
+
+        Returns:
+            the results of the evaluation at the end, where the config has TEST.EXPECTED_RESULTS; else None.
+        """
+        try:
+            return super().train()
+        except TimeIsUp:
+            return None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all iterations are done."""
+        return self.iter >= self.max_iter
+
     def run_step(self) -> None:
         # The points of the losses, and what else the model draws.
         torch.manual_seed(derived_seed(self.seed, comm.get_rank(), self.iter))
@@ -186,6 +225,15 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         TrainerBase.load_state_dict(self, state_dict)
+        schedule = self.scheduler
+        if getattr(schedule, "max_iters", self.max_iter) != self.max_iter:
+            # WarmupPolyLR takes the end from the checkpoint. Past it the rate would be the power of a negative number.
+            logger.warning(
+                "SOLVER.MAX_ITER is %d, but the job began with %d: the learning rate goes on along the new schedule",
+                self.max_iter,
+                schedule.max_iters,
+            )
+            schedule.max_iters = self.max_iter
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:

@@ -13,12 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,7 @@ def make_shapes_dataset(
 
     Args:
         force: draw even where the same data set is there.
-        workers: threads; None for one per CPU. The files do not depend on it.
+        workers: processes, or threads where there are few images; None for one per CPU. The files do not depend on it.
         progress: called as progress(images done, images in all).
 
     Returns:
@@ -178,9 +180,8 @@ def _write(root: Path, options: ShapesOptions, workers: int | None, progress: Pr
 
     records: dict[str, list[dict]] = {split: [] for split in SPLITS}
     files: dict[str, list] = {}
-    # Threads: encoding and most of the drawing run outside Python's global lock.
-    with ThreadPoolExecutor(max_workers=workers or os.cpu_count() or 1) as pool:
-        results = pool.map(lambda job: _write_image(root, options, *job), jobs)
+    with _pool(workers or os.cpu_count() or 1, len(jobs)) as pool:
+        results = pool.map(partial(_write_job, root, options), jobs, chunksize=8)
         for done, ((split, _), (record, written)) in enumerate(zip(jobs, results, strict=True), start=1):
             records[split].append(record)
             files.update(written)
@@ -196,6 +197,18 @@ def _write(root: Path, options: ShapesOptions, workers: int | None, progress: Pr
             files[name] = _fingerprint(root / name)
     manifest = {**options.describe(), "files": dict(sorted(files.items()))}
     (root / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _pool(workers: int, jobs: int) -> Executor:
+    # Much of the drawing holds Python's global lock. Processes that have to import everything anew are not worth it, and
+    # for a few images none are.
+    if workers > 1 and jobs >= 64 and "fork" in multiprocessing.get_all_start_methods():
+        return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
+    return ThreadPoolExecutor(workers)
+
+
+def _write_job(root: Path, options: ShapesOptions, job: tuple[str, int]) -> tuple[dict, dict[str, list]]:
+    return _write_image(root, options, *job)
 
 
 def _write_image(root: Path, options: ShapesOptions, split: str, index: int) -> tuple[dict, dict[str, list]]:
