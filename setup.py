@@ -32,6 +32,8 @@ CSRC = ROOT / "csrc"
 KERNELS = "mask2former._kernels"
 PLUGINS = "d2_trt.plugins"
 PLUGIN_SOURCES = CSRC / "trt_plugin"
+# Folders of csrc/ whose kernels the plugins run.
+PLUGIN_KERNELS = ("attention", "ms_deform_attn", "normalization")
 # Without a card to ask: Ampere, Ada, Hopper; newer cards compile the PTX of the last.
 DEFAULT_ARCHS = ("80", "86", "89", "90")
 # Commands that compile; the others, such as egg_info, neither look for a compiler nor talk about one.
@@ -101,6 +103,10 @@ def architectures(nvcc: Path) -> list[str]:
     return sorted(found, key=int)
 
 
+def is_plugin_source(path: Path) -> bool:
+    return path.parent == PLUGIN_SOURCES or (path.suffix == ".cu" and path.parent.name in PLUGIN_KERNELS)
+
+
 def optional_extensions() -> list[Extension]:
     wish = os.environ.get("D2_TRT_KERNELS", "")
     if wish == "0":
@@ -126,8 +132,8 @@ def optional_extensions() -> list[Extension]:
         )
         return extensions
     folder, major = tensorrt
-    # What the plugins run: the kernels, without their Python bindings.
-    parts = [p for p in relative if p.startswith(plugin) or (p.endswith(".cu") and "ms_deform_attn" in p)]
+    # What the plugins run: kernels, without their Python bindings.
+    parts = [str(p.relative_to(ROOT)) for p in sources if is_plugin_source(p)]
     extension = Extension(PLUGINS, parts, include_dirs=[folder], depends=headers, language="c++")
     extension.tensorrt_major = major
     return [*extensions, extension]

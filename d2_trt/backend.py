@@ -358,7 +358,7 @@ class TensorRTBackend:
             max_shape=shapes.max,
             precision=options.precision,
             fp32_modules=options.resolve_fp32_modules(builder.DEFAULT_FP32_MODULES),
-            msda=plugin.resolve(options.msda),
+            **{n.lower(): plugin.resolve(n, getattr(options, n.lower())) for n in plugin.OPTIONS},
             workspace_bytes=options.workspace_bytes,
             opt_level=options.opt_level,
         )
@@ -392,7 +392,7 @@ class TensorRTBackend:
                 "detectron2": detectron2.__version__,
                 "torch": torch.__version__,
             },
-            plugin=plugin.identity(spec.msda),
+            plugins=plugin.identities({n: getattr(spec, n.lower()) for n in plugin.OPTIONS}),
             **identity,
         )
 

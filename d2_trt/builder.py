@@ -53,6 +53,8 @@ class BuildSpec:
     precision: str = "fp32"
     fp32_modules: tuple[str, ...] = DEFAULT_FP32_MODULES
     msda: str = "stock"
+    normalization: str = "native"
+    attention: str = "native"
     workspace_bytes: int = 0
     opt_level: int = 3
 
@@ -146,12 +148,23 @@ def trace(network, config, core: Core, images: torch.Tensor, spec: BuildSpec) ->
         stack = context_box[0].module_stack
         return context_box[0].get_module_name(stack[-1]) if stack else ""
 
+    @contextlib.contextmanager
+    def inside(module: nn.Module):
+        context_box[0].module_stack.append(module)
+        try:
+            yield
+        finally:
+            context_box[0].module_stack.pop()
+
     graph = Graph(
         network,
         precision_policy(spec),
         current_module,
         largest_size=max(spec.max_shape[1:]),
         msda=spec.msda,
+        normalization=spec.normalization,
+        attention=spec.attention,
+        inside=inside,
     )
     table = converter_table(graph)
     context = t2t.ConversionContext(network, converters=table, torch2trt_kwargs=kwargs, builder_config=config)

@@ -134,7 +134,7 @@ def key_ingredients(
     options: Mapping[str, Any],
     shapes: ShapeRange,
     versions: Mapping[str, str],
-    plugin: str,
+    plugins: Mapping[str, str],
     tensorrt: str,
     gpu: str,
     compute_capability: Sequence[int],
@@ -148,7 +148,7 @@ def key_ingredients(
         shapes: what the engine is built for.
         versions: of the packages that decide the graph, such as {"d2_trt": ..., "detectron2": ...}; source_digest
             may be one of them.
-        plugin: what computes deformable attention, with its version.
+        plugins: what computes what, with versions: of plugin.identities.
         tensorrt: its full version.
         gpu, compute_capability: as torch.cuda.get_device_name and get_device_capability give them.
     """
@@ -159,7 +159,7 @@ def key_ingredients(
         "options": options,
         "shapes": shapes.to_json(),
         "versions": versions,
-        "plugin": plugin,
+        "plugins": plugins,
         "tensorrt": tensorrt,
         "gpu": gpu,
         "compute_capability": ".".join(map(str, compute_capability)),

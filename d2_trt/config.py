@@ -34,6 +34,12 @@ _DEFAULTS = {
             # Multi-scale deformable attention by: "plugin", this project's own kernel; "stock", the plugin that
             # comes with TensorRT; "native", TensorRT's own layers (slow); "auto", the first of them that is there.
             "MSDA": "auto",
+            # LayerNorm and GroupNorm by: "plugin", this project's own kernels, which sum in float32, take and give 16-bit
+            # tensors, and fuse the residual sum and ReLU around them; "native", TensorRT's normalization layers; "auto",
+            # the plugin where it is built. On TensorRT 8.6 "native" may not build in fp16.
+            "NORMALIZATION": "auto",
+            # The transformer decoder's attention, likewise: "plugin", "native" or "auto".
+            "ATTENTION": "auto",
             # Scratch memory that the engine may use, in GiB. 0.0: TensorRT's default, all of the GPU's.
             "WORKSPACE": 0.0,
             # Effort of the builder, 0 (quick build) to 5 (long build, perhaps a faster engine).

@@ -20,6 +20,7 @@ from .shape_range import LARGEST_DERIVED_SIDE, ShapeRange, derive_sizes, is_int,
 PREFIX = "MODEL.TENSORRT"
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 MSDA = ("auto", "plugin", "stock", "native")
+NORMALIZATION = ATTENTION = ("auto", "plugin", "native")
 
 # What 0.0 stands for in MODEL.TENSORRT.VERIFY.*; None is not checked. What rounds products to 10 bits or
 # fewer is judged by its decisions: PyTorch's own TF32 misses the errors asked of float32.
@@ -81,6 +82,8 @@ class TensorRTOptions:
     fp32_modules: tuple[str, ...] = ("default",)
     static: bool = False
     msda: str = "auto"
+    normalization: str = "auto"
+    attention: str = "auto"
     workspace: float = 0.0
     opt_level: int = 3
     timing_cache: bool = True
@@ -123,6 +126,8 @@ class TensorRTOptions:
             fp32_modules=reader.names("FP32_MODULES"),
             static=reader.flag("STATIC"),
             msda=reader.choice("MSDA", MSDA),
+            normalization=reader.choice("NORMALIZATION", NORMALIZATION),
+            attention=reader.choice("ATTENTION", ATTENTION),
             workspace=reader.number("WORKSPACE", least=0.0),
             opt_level=reader.integer("OPT_LEVEL", 0, 5),
             timing_cache=reader.flag("TIMING_CACHE"),
@@ -165,6 +170,8 @@ class TensorRTOptions:
             "fp32_modules": [] if self.precision == "fp32" else sorted(pinned),
             "static": self.static,
             "msda": self.msda,
+            "normalization": self.normalization,
+            "attention": self.attention,
             "workspace_bytes": self.workspace_bytes,
             "opt_level": self.opt_level,
         }

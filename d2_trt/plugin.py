@@ -1,9 +1,11 @@
-"""Our TensorRT plugin of multi-scale deformable attention (csrc/trt_plugin): finding, loading and using it."""
+"""Our TensorRT plugins (csrc/trt_plugin): finding, loading and using them."""
 
 from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,6 @@ import torch
 from . import compat
 from .errors import MissingDependencyError
 
-NAME = "D2TRTMSDeformAttn"
-VERSION = "1"
 NAMESPACE = "d2_trt"
 STOCK = "MultiscaleDeformableAttnPlugin_TRT"
 # Element types by their numbers in csrc/common/dtype.h.
@@ -21,8 +21,29 @@ _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _loading = threading.Lock()
 
 
+@dataclass(frozen=True)
+class Plugin:
+    """A plugin of the library: name and version of its core in csrc/trt_plugin, and the option below MODEL.TENSORRT
+    that decides whether it is used.
+    """
+
+    name: str
+    version: str
+    option: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+MSDA = Plugin("D2TRTMSDeformAttn", "1", "MSDA")
+# All that the library registers: csrc/trt_plugin/plugins.h has the same list.
+PLUGINS = (MSDA,)
+# Keys below MODEL.TENSORRT that choose between our plugins and TensorRT's own means.
+OPTIONS = ("MSDA", "NORMALIZATION", "ATTENTION")
+
+
 def library() -> Path:
-    """Where the plugin's library for the TensorRT in use is, once it is built."""
+    """Where the plugins' library for the TensorRT in use is, once it is built."""
     return Path(__file__).resolve().parent / f"libd2_trt_plugins_trt{compat.version()[0]}.so"
 
 
@@ -31,109 +52,146 @@ def is_built() -> bool:
     return library().is_file()
 
 
-def load() -> None:
-    """Make the plugin known to TensorRT's registry. Safe to call again, and from several threads.
+def load(option: str = "MSDA") -> None:
+    """Make our plugins known to TensorRT's registry. Safe to call again, and from several threads.
+
+    Args:
+        option: the one below MODEL.TENSORRT that wants them, for the error.
 
     Raises:
-        MissingDependencyError: the library is missing, was built for another TensorRT, or does not load.
+        MissingDependencyError: the library is missing, was built for another TensorRT or from other sources, or does not
+            load.
     """
     with _loading:
-        if _creator() is not None:
+        if not _missing():
             return
         path = library()
         if not path.is_file():
             raise MissingDependencyError(
-                f"MODEL.TENSORRT.MSDA 'plugin' needs {path.name}, which is not built in {path.parent}. Run `python setup.py "
-                "build_ext --inplace` with nvcc on the PATH and TENSORRT_INCLUDE_DIR set to the folder of NvInfer.h, or set "
-                "MODEL.TENSORRT.MSDA to auto, stock or native."
+                f"MODEL.TENSORRT.{option} 'plugin' needs {path.name}, which is not built in {path.parent}. Run `python "
+                "setup.py build_ext --inplace` with nvcc on the PATH and TENSORRT_INCLUDE_DIR set to NvInfer.h's folder, "
+                f"or {_way_out(option)}."
             )
-        _check_version(path)
+        _check_version(path, option)
         registry = compat.tensorrt().get_plugin_registry()
         registry.load_library(str(path))  # says in TensorRT's log what went wrong, and nothing here
-        if _creator() is None:
+        missing = _missing()
+        if missing:
             raise MissingDependencyError(
-                f"TensorRT {compat.tensorrt().__version__} does not register the plugin {NAME} of {path}; its log says why. "
-                "Build it again with `python setup.py build_ext --inplace`, or set MODEL.TENSORRT.MSDA to stock or native."
+                f"TensorRT {compat.tensorrt().__version__} does not register the plugin {missing[0]} of {path}: the "
+                "library is of other sources, or TensorRT's log says why. Build it again with `python setup.py build_ext "
+                f"--inplace`, or {_way_out(option)}."
             )
 
 
-def _creator():
+def _way_out(option: str) -> str:
+    return f"set MODEL.TENSORRT.{option} to {'stock or native' if option == MSDA.option else 'native'}"
+
+
+def _missing() -> list[Plugin]:
+    return [kind for kind in PLUGINS if _creator(kind) is None]
+
+
+def _creator(kind: Plugin):
     # A registry that ignores the library's own namespace keeps it under the empty one.
-    return compat.plugin_creator(NAME, VERSION, NAMESPACE) or compat.plugin_creator(NAME, VERSION)
+    found = compat.plugin_creator(kind.name, kind.version, NAMESPACE)
+    return found or compat.plugin_creator(kind.name, kind.version)
 
 
-def _check_version(path: Path) -> None:
+def _check_version(path: Path, option: str) -> None:
     try:
         version = ctypes.CDLL(str(path)).d2_trt_tensorrt_version()
     except (OSError, AttributeError) as error:
         raise MissingDependencyError(
             f"{path} does not load ({error}). Build it again with `python setup.py build_ext --inplace`, or remove it and "
-            "set MODEL.TENSORRT.MSDA to stock or native."
+            f"{_way_out(option)}."
         ) from error
     if version // 10000 != compat.version()[0]:
         raise MissingDependencyError(
             f"{path} was built for TensorRT {version // 10000}.{version // 100 % 100}; this is "
             f"{compat.tensorrt().__version__}. Build it again with TENSORRT_INCLUDE_DIR set to that version's headers, or "
-            "set MODEL.TENSORRT.MSDA to stock or native."
+            f"{_way_out(option)}."
         )
 
 
-def resolve(msda: str) -> str:
-    """What computes deformable attention, from MODEL.TENSORRT.MSDA: "plugin", "stock" or "native".
+def resolve(option: str, choice: str) -> str:
+    """What computes the operations of an option, from its value: "plugin", "stock" or "native".
 
-    "auto" is our plugin where it is built, else NVIDIA's where TensorRT has it, else TensorRT's own layers.
+    "auto" is our plugin where it is built, else for MSDA NVIDIA's where TensorRT has it, else TensorRT's own layers.
+
+    Args:
+        option: one of OPTIONS.
+        choice: its value.
 
     Raises:
         MissingDependencyError: our plugin is to be used and cannot be.
     """
-    if msda == "plugin" or (msda == "auto" and is_built()):
-        load()
+    ours = any(kind.option == option for kind in PLUGINS)
+    if choice == "plugin" or (choice == "auto" and ours and is_built()):
+        load(option)
         return "plugin"
-    if msda == "auto":
-        return "native" if compat.plugin_creator(STOCK) is None else "stock"
-    return msda
+    if choice == "auto":
+        stock = option == MSDA.option and compat.plugin_creator(STOCK) is not None
+        return "stock" if stock else "native"
+    return choice
 
 
-def identity(msda: str) -> str:
-    """What computes deformable attention, with its version where it is ours: for an engine's cache key."""
-    return f"{NAME} {VERSION}" if msda == "plugin" else msda
+def identities(choices: Mapping[str, str]) -> dict[str, str]:
+    """What computes what, with versions where it is ours: for an engine's cache key.
+
+    Args:
+        choices: what `resolve` returned, by option.
+    """
+    ours = {
+        option: ", ".join(str(kind) for kind in PLUGINS if kind.option == option)
+        for option, choice in choices.items()
+        if choice == "plugin"
+    }
+    return {option: ours.get(option, choice) for option, choice in choices.items()}
 
 
-def add_layer(network, inputs: list, value_dtype: torch.dtype, sampling_dtype: torch.dtype):
-    """Add the plugin to a network.
+def add_layer(network, kind: Plugin, inputs: list, fields: Mapping[str, torch.dtype | int | float]):
+    """Add a plugin to a network.
 
     Args:
         network: INetworkDefinition, or torch2trt's wrapper of one.
-        inputs: network tensors: value (B, S, heads, D) of value_dtype; offsets (B, S, heads, levels, points, 2) and logits
-            (B, S, heads, levels * points) of sampling_dtype; sizes of the levels (levels, 2) int32, height and width.
-        value_dtype: float32, float16, or from TensorRT 10 on bfloat16; also that of the output (B, S, heads * D).
-        sampling_dtype: float32 or value_dtype.
+        kind: one of PLUGINS.
+        inputs: network tensors, as the header of its core in csrc/trt_plugin describes them.
+        fields: all fields of the core: types as torch dtypes, flags and whole numbers as int, other numbers as float.
+
+    Returns:
+        the layer.
 
     Raises:
-        MissingDependencyError: the plugin cannot be loaded.
-        ValueError: it does not have these types.
+        MissingDependencyError: the plugins cannot be loaded.
+        ValueError: the plugin is not to be had with these fields; TensorRT's log says why.
     """
-    load()
+    load(kind.option)
     trt = compat.tensorrt()
-    types = {"value_type": value_dtype, "sampling_type": sampling_dtype}
-    numbers = {name: np.array([_TYPES[dtype]], np.int32) for name, dtype in types.items()}
-    fields = trt.PluginFieldCollection(
-        [trt.PluginField(name, number, trt.PluginFieldType.INT32) for name, number in numbers.items()]
+    arrays = {name: _as_array(value) for name, value in fields.items()}
+    kinds = {"f": trt.PluginFieldType.FLOAT32, "i": trt.PluginFieldType.INT32}
+    collection = trt.PluginFieldCollection(
+        [trt.PluginField(name, array, kinds[array.dtype.kind]) for name, array in arrays.items()]
     )
     # IPluginV2DynamicExt for TensorRT 8.6, IPluginV3 from 10 on: see csrc/trt_plugin.
     phase = [trt.TensorRTPhase.BUILD] if compat.strongly_typed() else []
-    plugin = _creator().create_plugin("msda", fields, *phase)
+    plugin = _creator(kind).create_plugin(kind.name, collection, *phase)
     if plugin is None:
-        raise ValueError(
-            f"{NAME} has no value of {value_dtype} with offsets and logits of {sampling_dtype} in TensorRT {trt.__version__}"
-        )
+        given = ", ".join(f"{name} {value}" for name, value in fields.items())
+        raise ValueError(f"{kind.name} is not to be had with {given} in TensorRT {trt.__version__}")
     if compat.strongly_typed():
         return network.add_plugin_v3(inputs, [], plugin)
     return network.add_plugin_v2(inputs, plugin)
 
 
+def _as_array(value: torch.dtype | int | float) -> np.ndarray:
+    if isinstance(value, torch.dtype):
+        value = _TYPES[value]
+    return np.array([value], np.float32 if isinstance(value, float) else np.int32)
+
+
 def embed(config) -> None:
-    """Have a builder put the plugin's library into the plan, for engines that run where d2_trt is not installed.
+    """Have a builder put the plugins' library into the plan, for engines that run where d2_trt is not installed.
 
     TensorRT loads it from there; the file that it runs is then the plan's own.
     """

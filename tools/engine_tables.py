@@ -68,7 +68,7 @@ def show_sidecar(name: str, bytes_: int, sidecar: Mapping | None, problem: str) 
             for name in ("min", "opt", "max")
         },
         **{name.replace("_", " "): _text(v) for name, v in (made_from.get("options") or {}).items()},
-        "deformable attention": _text(made_from.get("plugin", "?")),
+        "computed by": _text(made_from.get("plugins", "?")),
         **{f"version of {name}": v for name, v in (made_from.get("versions") or {}).items()},
         **_flat("build:", sidecar["report"]),
     }

@@ -2,7 +2,7 @@
 #include <atomic>
 #include <cstdio>
 
-#include "trt_plugin/ms_deform_attn_core.h"
+#include "trt_plugin/plugin.h"
 
 namespace {
 std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};

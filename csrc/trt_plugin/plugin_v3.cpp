@@ -1,5 +1,5 @@
-// The plugin as IPluginV3, for TensorRT 10 and newer.
-#include "trt_plugin/ms_deform_attn_core.h"
+// The plugins as IPluginV3, for TensorRT 10 and newer; see plugin.h.
+#include "trt_plugin/plugins.h"
 
 #if NV_TENSORRT_MAJOR >= 10
 
@@ -8,9 +8,10 @@ namespace {
 
 using namespace nvinfer1;
 
+template <typename Core>
 class PluginV3 final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
 public:
-    explicit PluginV3(MsDeformAttnPlugin const& core) : core_(core) {}
+    explicit PluginV3(Core const& core) : core_(core) {}
     PluginV3(PluginV3 const&) = delete;  // fields_ points into core_
     PluginV3& operator=(PluginV3 const&) = delete;
 
@@ -23,84 +24,105 @@ public:
         return nullptr;
     }
     IPluginV3* clone() noexcept override {
-        return guarded("clone", static_cast<PluginV3*>(nullptr), [&] { return new PluginV3(core_); });
+        return guarded<Core>("clone", static_cast<PluginV3*>(nullptr), [&] { return new PluginV3(core_); });
     }
 
-    AsciiChar const* getPluginName() const noexcept override { return kName; }
-    AsciiChar const* getPluginVersion() const noexcept override { return kVersion; }
+    AsciiChar const* getPluginName() const noexcept override { return Core::kName; }
+    AsciiChar const* getPluginVersion() const noexcept override { return Core::kVersion; }
     AsciiChar const* getPluginNamespace() const noexcept override { return kNamespace; }
 
-    int32_t getNbOutputs() const noexcept override { return 1; }
+    int32_t getNbOutputs() const noexcept override { return core_.outputs(); }
     int32_t getOutputDataTypes(DataType* types, int32_t outputs, DataType const*, int32_t inputs) const noexcept override {
-        return guarded("getOutputDataTypes", 1, [&] {
-            require(inputs == kInputs && outputs == 1, inputs, " inputs and ", outputs, " outputs; expected ", int(kInputs), ", 1");
-            types[0] = core_.out_type();
+        return guarded<Core>("getOutputDataTypes", 1, [&] {
+            require_counts(core_, inputs, outputs);
+            for (int32_t i = 0; i < outputs; ++i) types[i] = core_.output_type(i);
             return 0;
         });
     }
     int32_t getOutputShapes(
-        DimsExprs const* inputs, int32_t count, DimsExprs const*, int32_t, DimsExprs* outputs, int32_t,
+        DimsExprs const* in, int32_t inputs, DimsExprs const*, int32_t, DimsExprs* out, int32_t outputs,
         IExprBuilder& builder) noexcept override {
-        return guarded("getOutputShapes", 1, [&] {
-            require(count == kInputs, count, " inputs; expected ", int(kInputs));
-            MsDeformAttnPlugin::out_dims(inputs, outputs[0], builder);
+        return guarded<Core>("getOutputShapes", 1, [&] {
+            require_counts(core_, inputs, outputs);
+            core_.output_dims(in, out, builder);
             return 0;
         });
     }
     bool supportsFormatCombination(
         int32_t position, DynamicPluginTensorDesc const* tensors, int32_t inputs, int32_t outputs) noexcept override {
-        return guarded("supportsFormatCombination", false, [&] {
-            return inputs == kInputs && outputs == 1 && core_.supports(position, tensors[position].desc);
+        return guarded<Core>("supportsFormatCombination", false, [&] {
+            require_counts(core_, inputs, outputs);
+            if (position < 0 || position >= inputs + outputs) return false;
+            PluginTensorDesc descs[kMaxTensors];
+            for (int32_t i = 0; i <= position; ++i) descs[i] = tensors[i].desc;
+            return core_.supports(position, descs);
         });
     }
     int32_t configurePlugin(
-        DynamicPluginTensorDesc const* in, int32_t inputs, DynamicPluginTensorDesc const*, int32_t) noexcept override {
-        return guarded("configurePlugin", 1, [&] {
-            require(inputs == kInputs, inputs, " inputs; expected ", int(kInputs));
-            Dims const dims[kInputs] = {in[0].desc.dims, in[1].desc.dims, in[2].desc.dims, in[3].desc.dims};
-            MsDeformAttnPlugin::check_ranks(dims);
-            return 0;
+        DynamicPluginTensorDesc const* in, int32_t inputs, DynamicPluginTensorDesc const*, int32_t outputs) noexcept override {
+        return guarded<Core>("configurePlugin", 1, [&] { return check_inputs(core_, in, inputs, outputs), 0; });
+    }
+    size_t getWorkspaceSize(
+        DynamicPluginTensorDesc const* in, int32_t inputs, DynamicPluginTensorDesc const* out,
+        int32_t outputs) const noexcept override {
+        return guarded<Core>("getWorkspaceSize", size_t{0}, [&] {
+            require_counts(core_, inputs, outputs);
+            PluginTensorDesc descs[kMaxTensors];
+            for (int32_t i = 0; i < inputs + outputs; ++i) {
+                DynamicPluginTensorDesc const& tensor = i < inputs ? in[i] : out[i - inputs];
+                descs[i] = tensor.desc;
+                descs[i].dims = tensor.max;
+            }
+            return core_.workspace(descs, descs + inputs);
         });
     }
 
     int32_t onShapeChange(PluginTensorDesc const*, int32_t, PluginTensorDesc const*, int32_t) noexcept override { return 0; }
     int32_t enqueue(
-        PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs, void* const* outputs, void*,
-        cudaStream_t stream) noexcept override {
-        return guarded("enqueue", 1, [&] { return core_.enqueue(in, inputs, outputs, stream), 0; });
+        PluginTensorDesc const* in, PluginTensorDesc const* out, void const* const* inputs, void* const* outputs,
+        void* workspace, cudaStream_t stream) noexcept override {
+        return guarded<Core>(
+            "enqueue", 1, [&] { return core_.enqueue(in, out, inputs, outputs, workspace, stream), 0; });
     }
     IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }
-    PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &fields_.collection; }
+    PluginFieldCollection const* getFieldsToSerialize() noexcept override { return fields_.get(); }
 
 private:
-    MsDeformAttnPlugin core_;
-    Fields fields_{&core_};
+    Core core_;
+    FieldCollection<Core> fields_{&core_};
 };
 
+template <typename Core>
 class CreatorV3 final : public IPluginCreatorV3One {
 public:
-    AsciiChar const* getPluginName() const noexcept override { return kName; }
-    AsciiChar const* getPluginVersion() const noexcept override { return kVersion; }
+    AsciiChar const* getPluginName() const noexcept override { return Core::kName; }
+    AsciiChar const* getPluginVersion() const noexcept override { return Core::kVersion; }
     AsciiChar const* getPluginNamespace() const noexcept override { return kNamespace; }
-    PluginFieldCollection const* getFieldNames() noexcept override { return &fields_.collection; }
+    PluginFieldCollection const* getFieldNames() noexcept override { return fields_.get(); }
     IPluginV3* createPlugin(AsciiChar const*, PluginFieldCollection const* fields, TensorRTPhase) noexcept override {
-        return guarded("createPlugin", static_cast<PluginV3*>(nullptr), [&] {
-            return new PluginV3(MsDeformAttnPlugin::from_fields(fields));
+        return guarded<Core>("createPlugin", static_cast<PluginV3<Core>*>(nullptr), [&] {
+            return new PluginV3<Core>(core_from_fields<Core>(fields));
         });
     }
 
 private:
-    Fields fields_{nullptr};
+    FieldCollection<Core> fields_{nullptr};
 };
+
+template <typename... Cores>
+IPluginCreatorInterface* const* creators_of(PluginList<Cores...>, std::int32_t& count) {
+    static std::tuple<CreatorV3<Cores>...> creators;
+    static std::array<IPluginCreatorInterface*, sizeof...(Cores)> const pointers = std::apply(
+        [](auto&... creator) { return std::array<IPluginCreatorInterface*, sizeof...(Cores)>{&creator...}; }, creators);
+    count = sizeof...(Cores);
+    return pointers.data();
+}
 
 }  // namespace
 }  // namespace d2_trt::plugin
 
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& count) {
-    static d2_trt::plugin::CreatorV3 creator;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
-    count = 1;
-    return creators;
+    return d2_trt::plugin::creators_of(d2_trt::plugin::Plugins{}, count);
 }
 
 #endif  // NV_TENSORRT_MAJOR >= 10

@@ -1,6 +1,6 @@
 """Converters from PyTorch to TensorRT layers; importing this fills the table."""
 
-from . import deformable, layers, shape_ops, structure
+from . import deformable, layers, norms, shape_ops, structure
 from .graph import Graph
 from .registry import CONVERTERS, Guard, converter_table, converts
 
@@ -12,6 +12,7 @@ __all__ = [
     "converts",
     "deformable",
     "layers",
+    "norms",
     "shape_ops",
     "structure",
 ]

@@ -45,7 +45,8 @@ def _plugin(g, value, offsets, logits, sizes):
     sampling_dtype = value_dtype if len(set(dtypes.values())) == 1 else torch.float32
     offsets, logits = (g.cast(t, sampling_dtype) for t in (offsets, logits))
     inputs = [g.cast(value, value_dtype), offsets, logits, _level_sizes(g, sizes)]
-    return plugin.add_layer(g.network, inputs, value_dtype, sampling_dtype).get_output(0)
+    types = {"value_type": value_dtype, "sampling_type": sampling_dtype}
+    return plugin.add_layer(g.network, plugin.MSDA, inputs, types).get_output(0)
 
 
 def _level_sizes(g, sizes):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +37,9 @@ class Graph:
         current_module: Callable[[], str],
         largest_size: int,
         msda: str = "stock",
+        normalization: str = "native",
+        attention: str = "native",
+        inside: Callable[[torch.nn.Module], AbstractContextManager] | None = None,
     ):
         """
         Args:
@@ -42,7 +47,9 @@ class Graph:
             compute_dtype: precision of a module, from its name.
             current_module: name of the module that is being traced.
             largest_size: the largest height or width of any map, in pixels.
-            msda: how deformable attention is computed: "stock" or "native".
+            msda: how deformable attention is computed: "plugin", "stock" or "native".
+            normalization, attention: how LayerNorm and GroupNorm, and the decoder's attention are: "plugin" or "native".
+            inside: makes a context in which another module is the one that is traced; see `inside`.
         """
         self.trt = compat.tensorrt()
         self.network = network
@@ -51,12 +58,21 @@ class Graph:
         self.current_module = current_module
         self.largest_size = largest_size
         self.msda = msda
+        self.normalization = normalization
+        self.attention = attention
+        self._inside = inside
         self._alive = []  # TensorRT reads weights when it builds: they must outlive the network
         self._shapes = {}
         self._iota = None
         self._float_types = {torch.float32: self.trt.float32, torch.float16: self.trt.float16}
         if hasattr(self.trt, "bfloat16"):
             self._float_types[torch.bfloat16] = self.trt.bfloat16
+
+    def inside(self, module: torch.nn.Module) -> AbstractContextManager:
+        """A context for layers of a module that the traced one calls no function of: they are named after it, and have its
+        precision. For converters of functions that take a module.
+        """
+        return contextlib.nullcontext() if self._inside is None else self._inside(module)
 
     # Tensors
 

@@ -20,7 +20,7 @@ def ingredients(number: int = 0, **changes) -> dict:
         "options": {"precision": "fp16"},
         "shapes": ShapeRange((1, 256, 256), (1, 800, 1088), (1, 1344, 1344)),
         "versions": {"d2_trt": "0.1.0"},
-        "plugin": "stock",
+        "plugins": {"MSDA": "stock"},
         "tensorrt": "8.6.0",
         "gpu": "NVIDIA H200",
         "compute_capability": (9, 0),

@@ -346,10 +346,13 @@ def test_plugin_that_is_not_built(workshop, monkeypatch, tmp_path):
 def test_plugin_is_taken_where_it_is_built(workshop, monkeypatch):
     make_backend().prepare()
     monkeypatch.setattr(plugin, "is_built", lambda: True)
-    monkeypatch.setattr(plugin, "load", lambda: None)
+    monkeypatch.setattr(plugin, "load", lambda option: None)
     backend = make_backend()
     entry = backend.entry(backend.options.shapes)  # not the stock plugin's
-    assert entry.sidecar["ingredients"]["plugin"] == "D2TRTMSDeformAttn 1"
+    made_by = entry.sidecar["ingredients"]["plugins"]
+    assert made_by["MSDA"] == "D2TRTMSDeformAttn 1"
+    # Every plugin's version counts.
+    assert all(str(kind) in made_by[kind.option] for kind in plugin.PLUGINS)
     make_backend(MSDA="stock").prepare()
     monkeypatch.setattr(compat, "plugin_creator", lambda name, *rest: None)
     monkeypatch.setattr(plugin, "is_built", lambda: False)

@@ -166,7 +166,7 @@ def test_every_ingredient_must_be_given():
             options={},
             shapes=ShapeRange.fixed(1, 32, 32),
             versions={},
-            plugin="",
+            plugins={},
             tensorrt="",
             compute_capability=(9, 0),
         )

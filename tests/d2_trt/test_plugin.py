@@ -99,7 +99,8 @@ def small_network(trt, value_dtype=F32, sampling_dtype=F32, given=None):  # noqa
     sizes = np.array([[2, 3], [1, 2]], np.int32)
     network._kept = sizes
     sizes = network.add_constant((2, 2), sizes).get_output(0)
-    layer = plugin.add_layer(network, [value, offsets, logits, sizes], value_dtype, sampling_dtype)
+    types = {"value_type": value_dtype, "sampling_type": sampling_dtype}
+    layer = plugin.add_layer(network, plugin.MSDA, [value, offsets, logits, sizes], types)
     network.mark_output(layer.get_output(0))
     return network
 
@@ -107,7 +108,7 @@ def small_network(trt, value_dtype=F32, sampling_dtype=F32, given=None):  # noqa
 @pytest.mark.parametrize(("value", "sampling"), [(F32, F32), (F16, F16), (F16, F32), (BF16, BF16)])
 def test_plugin_layer_computes_the_definition(registered, value, sampling):
     if value == BF16 and not compat.strongly_typed():
-        with pytest.raises(ValueError, match=r"no value of torch\.bfloat16"):
+        with pytest.raises(ValueError, match=r"not to be had with value_type torch\.bfloat16"):
             small_network(registered, value, sampling)
         return
     network = small_network(registered, value, sampling)
@@ -133,7 +134,7 @@ def test_strong_typing_takes_no_other_type_than_the_plugin_was_made_for(register
 
 def test_types_that_the_plugin_does_not_have(registered):
     with pytest.raises(
-        ValueError, match=r"no value of torch\.float32 with offsets and logits of torch\.float16"
+        ValueError, match=r"not to be had with value_type torch\.float32, sampling_type torch\.float16"
     ):
         small_network(registered, F32, F16)
 
@@ -172,12 +173,14 @@ def test_library_is_loaded_once_by_whoever_comes_first(built):
         thread.join()
     compat.register_plugins()
     assert built.opened == 1
-    assert plugin.resolve("auto") == plugin.resolve("plugin") == "plugin"
+    assert plugin.resolve("MSDA", "auto") == plugin.resolve("MSDA", "plugin") == "plugin"
 
 
 def test_registering_plugins_registers_ours(built):
     compat.register_plugins()
-    assert built.opened == 1 and compat.plugin_creator(plugin.NAME, plugin.VERSION, plugin.NAMESPACE)
+    assert built.opened == 1
+    for kind in plugin.PLUGINS:
+        assert compat.plugin_creator(kind.name, kind.version, plugin.NAMESPACE), kind
 
 
 def test_library_of_another_tensorrt_is_refused(built, caplog):
@@ -188,8 +191,8 @@ def test_library_of_another_tensorrt_is_refused(built, caplog):
         plugin.load()
     for msda in ("plugin", "auto"):
         with pytest.raises(MissingDependencyError, match="built for TensorRT 9"):
-            plugin.resolve(msda)
-    assert plugin.resolve("stock") == "stock"
+            plugin.resolve("MSDA", msda)
+    assert plugin.resolve("MSDA", "stock") == "stock"
 
 
 def test_engine_without_our_plugin_needs_no_library_that_loads(built, monkeypatch):
@@ -215,12 +218,12 @@ def test_missing_library_is_named(built):
     built.path.unlink()
     with pytest.raises(MissingDependencyError, match=r"which is not built in .*TENSORRT_INCLUDE_DIR"):
         plugin.load()
-    assert not plugin.is_built() and plugin.resolve("auto") == "stock"
+    assert not plugin.is_built() and plugin.resolve("MSDA", "auto") == "stock"
 
 
 def test_library_that_registers_nothing_is_told(built, monkeypatch):
     monkeypatch.setattr(plugin, "library", lambda: built.path.rename(built.path.with_name("other.so")))
-    monkeypatch.setattr(plugin, "_check_version", lambda path: None)
+    monkeypatch.setattr(plugin, "_check_version", lambda *unused: None)
     with pytest.raises(MissingDependencyError, match="does not register the plugin"):
         plugin.load()
 
@@ -283,8 +286,9 @@ def build_plan(value_dtype, sampling_dtype) -> bytes:
     pairs = [(graph.size(m, 2), graph.size(m, 3)) for m in maps]
     from d2_trt.converters.deformable import _level_sizes
 
+    types = {"value_type": value_dtype, "sampling_type": sampling_dtype}
     layer = plugin.add_layer(
-        network, [value, offsets, logits, _level_sizes(graph, pairs)], value_dtype, sampling_dtype
+        network, plugin.MSDA, [value, offsets, logits, _level_sizes(graph, pairs)], types
     )
     out = layer.get_output(0)
     out.name = "out"

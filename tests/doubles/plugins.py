@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 from torch.nn import functional as F
 
-from mask2former.modeling.pixel_decoder.ms_deform_attn_reference import ms_deform_attn_reference
-
 from .layer import FakeLayer
+from .our_plugins import NAMESPACE, OUR_PLUGINS
 from .trt_api import Api, ApiObject, Refused
 
 MSDA = "MultiscaleDeformableAttnPlugin_TRT"
-OURS, OUR_NAMESPACE = "D2TRTMSDeformAttn", "d2_trt"
 
 
 def deformable_attention(value, shapes, starts, locations, weights):
@@ -44,13 +42,13 @@ def deformable_attention(value, shapes, starts, locations, weights):
 
 
 class FakePlugin(ApiObject):
-    """IPluginV2 or IPluginV3 of a deformable attention."""
+    """IPluginV2 or IPluginV3."""
 
-    def __init__(self, api: Api, kind: str, name: str, fields: dict[str, int]):
+    def __init__(self, api: Api, kind: str, name: str, ours=None):
         super().__init__(api, kind)
-        self._name, self._fields = name, fields
+        self._name, self._ours = name, ours
         self._values = {
-            "num_outputs": 1,
+            "num_outputs": 1 if ours is None else len(ours.output_types()),
             "plugin_type": name,
             "plugin_version": "1",
             "plugin_namespace": "",
@@ -79,27 +77,29 @@ class FakeCreator(ApiObject):
         v3 = self._kind == "IPluginCreatorV3One"
         if v3 and phase != self._api.trt.TensorRTPhase.BUILD:
             raise TypeError(f"phase must be TensorRTPhase.BUILD, not {phase}")
-        fields = {field.name: self._int32(field) for field in field_collection}
-        if self._values["name"] == OURS and not self._possible(fields):
-            return None  # as TensorRT does; the plug-in's log says why
-        return FakePlugin(self._api, "IPluginV3" if v3 else "IPluginV2", self._values["name"], fields)
+        name, ours = self._values["name"], None
+        if name in OUR_PLUGINS:
+            kind = OUR_PLUGINS[name]
+            fields = {
+                field.name: self._number(field, kind.FIELDS.get(field.name)) for field in field_collection
+            }
+            ours = kind(fields, self._api.numbers)
+            if set(fields) != set(kind.FIELDS) or not ours.possible():
+                return None  # as TensorRT does; the plug-in's log says why
+        return FakePlugin(self._api, "IPluginV3" if v3 else "IPluginV2", name, ours)
 
-    def _int32(self, field) -> int:
-        if field.type != self._api.trt.PluginFieldType.INT32 or field.size != 1:
-            raise Refused(f"field {field.name} must be one int32")
+    def _number(self, field, kind: type | None) -> int | float:
+        types = self._api.trt.PluginFieldType
+        if kind is None:
+            raise Refused(f"{self._values['name']} has no field {field.name}")
+        if field.type != (types.INT32 if kind is int else types.FLOAT32) or field.size != 1:
+            raise Refused(f"field {field.name} must be one {'int32' if kind is int else 'float32'}")
         if isinstance(field.data, np.ndarray):
-            return int(field.data[0])
+            return kind(field.data[0])
         pointer = ctypes.pythonapi.PyCapsule_GetPointer  # what the bindings of 8.6 give
         pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-        return ctypes.c_int32.from_address(pointer(field.data, None)).value
-
-    def _possible(self, fields: dict[str, int]) -> bool:
-        types = range(3) if self._api.numbers >= (10, 0) else range(2)
-        return (
-            sorted(fields) == ["sampling_type", "value_type"]
-            and fields["value_type"] in types
-            and fields["sampling_type"] in (0, fields["value_type"])
-        )
+        number = ctypes.c_int32 if kind is int else ctypes.c_float
+        return number.from_address(pointer(field.data, None)).value
 
 
 class FakeRegistry(ApiObject):
@@ -119,14 +119,15 @@ class FakeRegistry(ApiObject):
                 self._creators.append(FakeCreator(self._api, "IPluginCreatorV3One", "2"))
 
     def _has_ours(self) -> bool:
-        return any(c.name == OURS for c in self._creators)
+        return any(c.name in OUR_PLUGINS for c in self._creators)
 
     def _forget_ours(self) -> None:
-        self._creators = [c for c in self._creators if c.name != OURS]
+        self._creators = [c for c in self._creators if c.name not in OUR_PLUGINS]
 
     def _register_ours(self) -> None:
         kind = "IPluginCreatorV3One" if self._api.numbers >= (10, 0) else "IPluginCreator"
-        self._creators.append(FakeCreator(self._api, kind, "1", OURS, OUR_NAMESPACE))
+        for plugin in OUR_PLUGINS.values():
+            self._creators.append(FakeCreator(self._api, kind, plugin.VERSION, plugin.NAME, NAMESPACE))
 
     @property
     def plugin_creator_list(self):
@@ -165,44 +166,40 @@ class FakeRegistry(ApiObject):
 class PluginLayer(FakeLayer):
     """IPluginV2Layer and IPluginV3Layer."""
 
-    _max_inputs = 5
+    _max_inputs = 16
+
+    def __init__(self, network, inputs, plugin):
+        self._outputs = plugin._values["num_outputs"]
+        super().__init__(network, inputs, plugin=plugin)
 
     @property
-    def _ours(self) -> bool:
-        return self._values["plugin"]._name == OURS
+    def _ours(self):
+        return self._values["plugin"]._ours
 
     def _dtypes(self):
-        return self._dtypes_of_ours() if self._ours else self._dtypes_of_nvidia()
+        return self._dtypes_of_nvidia() if self._ours is None else self._dtypes_of_ours()
 
     def _compute(self, *inputs):
-        return self._compute_ours(*inputs) if self._ours else self._compute_nvidia(*inputs)
+        if self._ours is None:
+            return self._compute_nvidia(*inputs)
+        try:
+            return self._ours.compute(*inputs)
+        except Refused as error:
+            self._refuse(str(error))
 
     def _dtypes_of_ours(self):
-        """Ours takes the types that it was made for; a weakly typed build converts in front of it."""
-        trt, fields = self._api.trt, self._values["plugin"]._fields
-        names = ("FLOAT", "HALF", "BF16")
-        value, sampling = (
-            getattr(trt.DataType, names[fields[f"{name}_type"]]) for name in ("value", "sampling")
-        )
-        dtypes, wanted = [tensor.dtype for tensor in self._inputs], [value, sampling, sampling, trt.int32]
-        if len(dtypes) != 4:
-            self._refuse(f"{len(dtypes)} inputs; {OURS} takes 4")
-        for given, want in zip(dtypes, wanted):
-            if given != want and (self._network._strong or not self._is_float(given) or want == trt.int32):
-                self._refuse(f"an input is {given.name}; the plug-in was made for {want.name}")
-        return [value]
-
-    def _compute_ours(self, value, offsets, logits, sizes):
-        if [x.dim() for x in (value, offsets, logits, sizes)] != [4, 6, 4, 2]:
-            self._refuse("ranks must be 4, 6, 4, 2")
-        levels, points = offsets.shape[3:5]
-        same = value.shape[:3]
-        if offsets.shape != (*same, levels, points, 2) or logits.shape != (*same, levels * points):
-            self._refuse(f"offsets and logits for a value of {tuple(value.shape)}")
-        shapes = [tuple(size) for size in sizes.tolist()]
-        if len(shapes) != levels or sum(h * w for h, w in shapes) != value.shape[1]:
-            self._refuse(f"levels {shapes} in {value.shape[1]} rows")
-        return ms_deform_attn_reference(value, offsets, logits, shapes)
+        """Ours take the types that they were made for; a weakly typed build converts in front of them."""
+        given = [tensor.dtype.name for tensor in self._inputs]
+        wanted = self._ours.input_types()
+        if len(given) != len(wanted):
+            self._refuse(f"{len(given)} inputs; {self._ours.NAME} takes {len(wanted)}")
+        for tensor, want in zip(self._inputs, wanted):
+            converts = (
+                not self._network._strong and self._is_float(tensor.dtype) and want in ("FLOAT", "HALF")
+            )
+            if tensor.dtype.name != want and not converts:
+                self._refuse(f"an input is {tensor.dtype.name}; the plug-in was made for {want}")
+        return [getattr(self._api.trt.DataType, name) for name in self._ours.output_types()]
 
     def _dtypes_of_nvidia(self):
         trt = self._api.trt

@@ -12,7 +12,7 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import shape_ops
+from .. import fused_ops, shape_ops
 from ..transformer_decoder.position_encoding import PositionEmbeddingSine
 from .ms_deform_attn import MSDeformAttn
 
@@ -40,9 +40,10 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, pos: Tensor, spatial_shapes: shape_ops.LevelShapes) -> Tensor:
         """(B, S, C) -> (B, S, C); pos (1, S, C) is added to the queries only."""
-        x = self.norm1(x + self.dropout1(self.self_attn(x + pos, x, spatial_shapes)))
+        attended = self.dropout1(self.self_attn(x + pos, x, spatial_shapes))
+        x = fused_ops.residual_layer_norm(x, attended, self.norm1)
         ffn = self.linear2(self.dropout2(F.relu(self.linear1(x))))
-        return self.norm2(x + self.dropout3(ffn))
+        return fused_ops.residual_layer_norm(x, self.dropout3(ffn), self.norm2)
 
 
 class MSDeformAttnTransformerEncoder(nn.Module):

@@ -1,0 +1,13 @@
+// The plugins of the library. d2_trt/plugin.py has the same list.
+#pragma once
+
+#include "trt_plugin/ms_deform_attn_core.h"
+
+namespace d2_trt::plugin {
+
+template <typename... Cores>
+struct PluginList {};
+
+using Plugins = PluginList<MsDeformAttnPlugin>;
+
+}  // namespace d2_trt::plugin
