@@ -1,0 +1,200 @@
+#include "attention/attention.h"
+
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <mutex>
+
+#include "attention/kernels.cuh"
+#include "attention/plan.h"
+#include "common/check.h"
+
+namespace d2_trt {
+namespace {
+
+constexpr int kMaxDevices = 64;
+constexpr std::int64_t kMaxRows = std::int64_t{1} << 24;  // queries or keys of an image
+
+struct Device {
+    int index = 0, multiprocessors = 0, shared_bytes = 0, major = 0;
+};
+
+// Facts of the current device, asked for once.
+Device const& device() {
+    static std::array<Device, kMaxDevices> known;
+    static std::array<std::once_flag, kMaxDevices> asked;
+    int index = 0;
+    check_cuda(cudaGetDevice(&index), "attention: no device");
+    require(index < kMaxDevices, "attention: device ", index, "; expected one below ", kMaxDevices);
+    std::call_once(asked[index], [&] {
+        auto const ask = [&](cudaDeviceAttr what) {
+            int value = 0;
+            check_cuda(cudaDeviceGetAttribute(&value, what, index), "attention: no such device attribute");
+            return value;
+        };
+        known[index] = {
+            index, ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+            ask(cudaDevAttrComputeCapabilityMajor)};
+    });
+    return known[index];
+}
+
+constexpr int max_blocks(std::int64_t dim, bool masked) { return !masked ? 1 : dim == 64 ? 3 : 7; }
+
+AttentionPlan plan_for(AttentionSizes const& sizes, Device const& on) {
+    bool const masked = sizes.mask_dim > 0;
+    // Without a mask there are as few keys as queries: one pass over them takes less than a second kernel.
+    bool const may_split = masked || sizes.keys > 1024;
+    return plan_attention(
+        sizes.batch, sizes.queries, sizes.keys, sizes.heads, max_blocks(sizes.dim, masked), may_split, on.multiprocessors);
+}
+
+void check_sizes(AttentionSizes const& sizes, Device const& on) {
+    require(on.major >= 8, "attention: needs a GPU of compute capability 8.0 or higher; this is ", on.major, ".x");
+    require(sizes.batch >= 0 && sizes.batch <= 65535, "attention: batch is ", sizes.batch, "; expected 0 to 65535");
+    require(
+        sizes.queries >= 0 && sizes.queries <= kMaxRows, "attention: ", sizes.queries, " queries; expected 0 to ", kMaxRows);
+    require(sizes.keys >= 1 && sizes.keys <= kMaxRows, "attention: ", sizes.keys, " keys; expected 1 to ", kMaxRows);
+    require(
+        sizes.heads >= 1 && sizes.heads <= kMaxHeads && (sizes.heads <= kMaxWarps || sizes.heads % kMaxWarps == 0),
+        "attention: ", sizes.heads, " heads; expected 1 to ", kMaxWarps, ", or a multiple of ", kMaxWarps, " up to ", kMaxHeads);
+    require(
+        sizes.dim == 8 || sizes.dim == 16 || sizes.dim == 32 || sizes.dim == 64, "attention: ", sizes.dim,
+        " channels a head; expected 8, 16, 32 or 64");
+    require(
+        sizes.mask_dim >= 0 && sizes.mask_dim <= kMaxMaskDim && sizes.mask_dim % kMaskDimStep == 0,
+        "attention: mask_dim is ", sizes.mask_dim, "; expected a multiple of ", kMaskDimStep, " up to ", kMaxMaskDim);
+}
+
+void check_stride(std::int64_t stride, AttentionSizes const& sizes, char const* name) {
+    require(
+        stride >= sizes.heads * sizes.dim && stride % 8 == 0 && stride <= INT32_MAX, "attention: rows of ", name, " are ",
+        stride, " elements apart; expected a multiple of 8 that is at least ", sizes.heads * sizes.dim);
+}
+
+// Opens the shared memory that the kernel needs, once a device.
+template <typename Kernel>
+void open_shared(Kernel* kernel, int bytes, Device const& on, std::atomic<int> (&opened)[kMaxDevices]) {
+    require(
+        bytes <= on.shared_bytes, "attention: needs ", bytes, " bytes of shared memory; a block of this GPU may have ",
+        on.shared_bytes, ": mask_dim or heads * D are too large");
+    if (opened[on.index].load(std::memory_order_acquire) >= bytes) return;
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "attention: shared memory is refused");
+    opened[on.index].store(bytes, std::memory_order_release);
+}
+
+template <typename T, int D, bool kMasked>
+void launch(
+    AttentionProblem const& problem, AttentionPlan const& plan, std::int64_t batch, Device const& on, cudaStream_t stream) {
+    constexpr int kBlocks = max_blocks(D, kMasked);
+    auto* const kernel = attention_kernel<T, D, kBlocks, kMasked>;
+    static std::atomic<int> opened[kMaxDevices];
+    int bytes = static_cast<int>(plan.warps) * Tile<D>::kWarpBytes;
+    if (kMasked) {
+        int const bits = kBlocks * kBlockRows * static_cast<int>(sizeof(std::uint32_t));
+        bytes += kTileKeys * feature_pitch(problem.mask_dim) + bits;
+    }
+    open_shared(kernel, bytes, on, opened);
+    auto const count = [](std::int64_t n) { return static_cast<unsigned>(n); };
+    dim3 const grid(count(plan.splits), count(plan.groups * plan.head_groups), count(batch));
+    kernel<<<grid, count(plan.warps * 32), bytes, stream>>>(problem);
+    check_cuda(cudaGetLastError(), "attention");
+    if (plan.splits == 1) return;
+    int const combined = kCombineThreads * static_cast<int>(sizeof(float4)) +
+                         static_cast<int>(plan.warps * (plan.splits + 1) * sizeof(float));
+    static std::atomic<int> combine_opened[kMaxDevices];
+    open_shared(combine_kernel<T>, combined, on, combine_opened);
+    dim3 const rows(count(problem.queries), count(plan.head_groups), count(batch));
+    combine_kernel<T><<<rows, kCombineThreads, combined, stream>>>(problem, D, static_cast<int>(plan.warps));
+    check_cuda(cudaGetLastError(), "attention: combining");
+}
+
+template <typename T, int D>
+void launch_masked(
+    AttentionProblem const& problem, AttentionPlan const& plan, std::int64_t batch, Device const& on, cudaStream_t stream) {
+    auto* const chosen = problem.mask_dim > 0 ? &launch<T, D, true> : &launch<T, D, false>;
+    chosen(problem, plan, batch, on, stream);
+}
+
+template <typename T>
+void launch_dim(
+    std::int64_t dim, AttentionProblem const& problem, AttentionPlan const& plan, std::int64_t batch, Device const& on,
+    cudaStream_t stream) {
+    switch (dim) {
+        case 8: return launch_masked<T, 8>(problem, plan, batch, on, stream);
+        case 16: return launch_masked<T, 16>(problem, plan, batch, on, stream);
+        case 32: return launch_masked<T, 32>(problem, plan, batch, on, stream);
+        default: return launch_masked<T, 64>(problem, plan, batch, on, stream);
+    }
+}
+
+std::int64_t floats_of_a_split(AttentionSizes const& sizes) { return sizes.heads * sizes.dim + 2 * sizes.heads; }
+
+}  // namespace
+
+std::size_t attention_workspace(AttentionSizes const& sizes) {
+    Device const& on = device();
+    check_sizes(sizes, on);
+    // However the work is divided: an image has no more splits than multiprocessors and tiles, and all images together no
+    // more than multiprocessors, but one each. One split alone needs nothing.
+    std::int64_t const tiles = (sizes.keys + kTileKeys - 1) / kTileKeys;
+    std::int64_t const most = std::min(tiles * sizes.batch, std::max<std::int64_t>(on.multiprocessors, sizes.batch));
+    bool const may_split = sizes.mask_dim > 0 || sizes.keys > 1024;
+    if (!may_split || tiles == 1) return 0;
+    return static_cast<std::size_t>(most * sizes.queries * floats_of_a_split(sizes)) * sizeof(float);
+}
+
+void attention(AttentionTensors const& tensors, AttentionSizes const& sizes, cudaStream_t stream) {
+    Device const& on = device();
+    check_sizes(sizes, on);
+    check_stride(sizes.q_stride, sizes, "q");
+    check_stride(sizes.k_stride, sizes, "k");
+    check_stride(sizes.v_stride, sizes, "v");
+    bool const half = tensors.type == DType::kFloat16 || tensors.type == DType::kBFloat16;
+    require(half, "attention: q, k and v are float32; expected float16 or bfloat16");
+    if (sizes.batch == 0 || sizes.queries == 0) return;
+    auto const address = [](void const* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); };
+    require_aligned(address(tensors.q), 16, "attention: q");
+    require_aligned(address(tensors.k), 16, "attention: k");
+    require_aligned(address(tensors.v), 16, "attention: v");
+    require_aligned(address(tensors.out), 16, "attention: out");
+    if (sizes.mask_dim > 0) {
+        require_aligned(address(tensors.mask_embed), 16, "attention: mask_embed");
+        require_aligned(address(tensors.features), 16, "attention: features");
+    }
+    AttentionPlan const plan = plan_for(sizes, on);
+    require(
+        plan.groups * plan.head_groups <= 65535, "attention: ", sizes.queries, " queries of ", sizes.heads,
+        " heads are too many");
+    AttentionProblem problem{};
+    problem.q = tensors.q;
+    problem.k = tensors.k;
+    problem.v = tensors.v;
+    problem.mask_embed = tensors.mask_embed;
+    problem.features = tensors.features;
+    problem.out = tensors.out;
+    if (plan.splits > 1) {
+        require_aligned(address(tensors.workspace), 16, "attention: workspace");
+        problem.partial = static_cast<float*>(tensors.workspace);
+        std::int64_t const slots = sizes.batch * sizes.queries * plan.splits;
+        problem.stats = reinterpret_cast<float2*>(problem.partial + slots * sizes.heads * sizes.dim);
+    }
+    problem.queries = static_cast<std::int32_t>(sizes.queries);
+    problem.keys = static_cast<std::int32_t>(sizes.keys);
+    problem.heads = static_cast<std::int32_t>(sizes.heads);
+    problem.mask_dim = static_cast<std::int32_t>(sizes.mask_dim);
+    problem.q_stride = sizes.q_stride;
+    problem.k_stride = sizes.k_stride;
+    problem.v_stride = sizes.v_stride;
+    problem.group_blocks = static_cast<std::int32_t>(plan.group_blocks);
+    problem.tiles = static_cast<std::int32_t>(plan.tiles);
+    problem.tiles_per_split = static_cast<std::int32_t>(plan.tiles_per_split);
+    problem.splits = static_cast<std::int32_t>(plan.splits);
+    problem.scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(sizes.dim)));
+    auto* const run = tensors.type == DType::kFloat16 ? &launch_dim<Half> : &launch_dim<BFloat16>;
+    run(sizes.dim, problem, plan, sizes.batch, on, stream);
+}
+
+}  // namespace d2_trt

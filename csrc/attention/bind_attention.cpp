@@ -1,0 +1,67 @@
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "attention/attention.h"
+#include "common/check.h"
+
+namespace py = pybind11;
+
+namespace d2_trt {
+namespace {
+
+AttentionSizes sizes_of(
+    std::int64_t batch, std::int64_t queries, std::int64_t keys, std::int64_t heads, std::int64_t dim, std::int64_t mask_dim) {
+    AttentionSizes sizes;
+    sizes.batch = batch;
+    sizes.queries = queries;
+    sizes.keys = keys;
+    sizes.heads = heads;
+    sizes.dim = dim;
+    sizes.mask_dim = mask_dim;
+    sizes.q_stride = sizes.k_stride = sizes.v_stride = heads * dim;
+    return sizes;
+}
+
+std::size_t workspace(
+    std::int64_t batch, std::int64_t queries, std::int64_t keys, std::int64_t heads, std::int64_t dim, std::int64_t mask_dim) {
+    return attention_workspace(sizes_of(batch, queries, keys, heads, dim, mask_dim));
+}
+
+void forward(
+    std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t out, std::uintptr_t mask_embed,
+    std::uintptr_t features, std::uintptr_t workspace, std::string const& dtype, std::int64_t batch, std::int64_t queries,
+    std::int64_t keys, std::int64_t heads, std::int64_t dim, std::int64_t mask_dim, std::int64_t q_stride,
+    std::int64_t k_stride, std::int64_t v_stride, std::uintptr_t stream) {
+    AttentionSizes sizes = sizes_of(batch, queries, keys, heads, dim, mask_dim);
+    sizes.q_stride = q_stride;
+    sizes.k_stride = k_stride;
+    sizes.v_stride = v_stride;
+    AttentionTensors tensors;
+    tensors.q = reinterpret_cast<void const*>(q);
+    tensors.k = reinterpret_cast<void const*>(k);
+    tensors.v = reinterpret_cast<void const*>(v);
+    tensors.out = reinterpret_cast<void*>(out);
+    tensors.mask_embed = reinterpret_cast<float const*>(mask_embed);
+    tensors.features = reinterpret_cast<void const*>(features);
+    tensors.workspace = reinterpret_cast<void*>(workspace);
+    tensors.type = dtype_from_name(dtype, "attention: q, k and v");
+    attention(tensors, sizes, reinterpret_cast<cudaStream_t>(stream));
+}
+
+}  // namespace
+
+void bind_attention(py::module_& module) {
+    module.def(
+        "attention_workspace", &workspace, py::kw_only(), py::arg("batch"), py::arg("queries"), py::arg("keys"),
+        py::arg("heads"), py::arg("dim"), py::arg("mask_dim"),
+        "Bytes of workspace that attention needs at most, on the current device.");
+    module.def(
+        "attention", &forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::kw_only(),
+        py::arg("mask_embed") = 0, py::arg("features") = 0, py::arg("workspace") = 0, py::arg("dtype"), py::arg("batch"),
+        py::arg("queries"), py::arg("keys"), py::arg("heads"), py::arg("dim"), py::arg("mask_dim") = 0, py::arg("q_stride"),
+        py::arg("k_stride"), py::arg("v_stride"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+        "Attention with the mask of masked attention or none, see attention.h. Tensors are addresses on the stream's device.");
+}
+
+}  // namespace d2_trt

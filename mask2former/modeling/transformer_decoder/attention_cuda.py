@@ -1,0 +1,150 @@
+"""Attention of queries by the kernels of csrc/attention, as an operator of PyTorch for inference in half precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import kernels
+
+# What csrc/attention/attention.h has code for.
+DTYPES = (torch.float16, torch.bfloat16)
+HEAD_DIMS = (8, 16, 32, 64)
+MASK_DIM_STEP = 32
+MAX_MASK_DIM = 512
+
+
+def supported(heads: int, dim: int, mask_dim: int = 0) -> bool:
+    """Whether there is a kernel for so many heads, channels of a head, and channels of the mask embedding (0: no mask)."""
+    return (
+        (1 <= heads <= 8 or (heads % 8 == 0 and heads <= 256))
+        and dim in HEAD_DIMS
+        and mask_dim % MASK_DIM_STEP == 0
+        and 0 <= mask_dim <= MAX_MASK_DIM
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    mask_embed: Tensor | None = None,
+    mask_features: Tensor | None = None,
+) -> Tensor:
+    """Attention by the kernel, with masked attention's mask or without; not differentiable.
+
+    Products and softmax are in float32, the weights of the values are rounded to q's dtype.
+
+    Args:
+        q, k, v: (B, Q, C), (B, K, C), (B, K, C) float16 or bfloat16 on a GPU; may be slices of wider rows.
+        mask_embed: (B, Q, mask_dim), taken as float32, or None.
+        mask_features: (B, K, mask_dim), taken in q's dtype, or None.
+
+    Returns:
+        (B, Q, C) of q's dtype, heads side by side.
+
+    Raises:
+        KernelsMissing: the kernels are not built.
+        ValueError: shapes, dtypes or devices do not go together, or the kernel has no such sizes.
+    """
+    if (mask_embed is None) != (mask_features is None):
+        raise ValueError("mask_embed and mask_features go together; got one of them")
+    if mask_embed is not None:
+        mask_embed, mask_features = mask_embed.float(), mask_features.to(q.dtype)
+    return _attention(q, k, v, num_heads, mask_embed, mask_features)
+
+
+@torch.library.custom_op(
+    "mask2former::attention",
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor q, Tensor k, Tensor v, int num_heads, Tensor? mask_embed, Tensor? mask_features) -> Tensor",
+)
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask_embed: Tensor | None, mask_features: Tensor | None
+) -> Tensor:
+    _check(q, k, v, num_heads, mask_embed, mask_features)
+    q, k, v = map(_rows, (q, k, v))
+    mask_dim = 0
+    if mask_embed is not None:
+        mask_embed, mask_features = _aligned(mask_embed.contiguous()), _aligned(mask_features.contiguous())
+        mask_dim = mask_embed.shape[2]
+    batch, queries, channels = q.shape
+    sizes = {
+        "batch": batch,
+        "queries": queries,
+        "keys": k.shape[1],
+        "heads": num_heads,
+        "dim": channels // num_heads,
+        "mask_dim": mask_dim,
+    }
+    out = q.new_empty(batch, queries, channels)
+    with torch.cuda.device(q.device):
+        module = kernels.load()
+        workspace = q.new_empty(module.attention_workspace(**sizes), dtype=torch.uint8)
+        module.attention(
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            out.data_ptr(),
+            mask_embed=0 if mask_embed is None else mask_embed.data_ptr(),
+            features=0 if mask_features is None else mask_features.data_ptr(),
+            workspace=workspace.data_ptr(),
+            dtype=kernels.dtype_name(q),
+            **sizes,
+            q_stride=q.stride(1),
+            k_stride=k.stride(1),
+            v_stride=v.stride(1),
+            stream=kernels.stream_of(q),
+        )
+    return out
+
+
+@_attention.register_fake
+def _(q, k, v, num_heads, mask_embed, mask_features):
+    return q.new_empty(q.shape)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor (B, N, C), copied where the kernel cannot read 16 bytes at a time from rows of one stride."""
+    batch, rows, channels = tensor.shape
+    stride = tensor.stride(1)
+    regular = (
+        tensor.stride(2) == 1
+        and stride % 8 == 0
+        and stride >= channels
+        and (batch == 1 or tensor.stride(0) == rows * stride)
+        and tensor.data_ptr() % 16 == 0
+    )
+    return tensor if regular else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _check(q, k, v, num_heads, mask_embed, mask_features) -> None:
+    """Raises ValueError where the operator's arguments do not go together."""
+    if q.dim() != 3 or q.dtype not in DTYPES:
+        raise ValueError(f"q is {tuple(q.shape)} {q.dtype}; expected (B, Q, C) of float16 or bfloat16")
+    batch, queries, channels = q.shape
+    if k.dim() != 3:
+        raise ValueError(f"k is {tuple(k.shape)}; expected (B, K, C)")
+    keys = k.shape[1]
+    wanted = {"k": (k, (batch, keys, channels), q.dtype), "v": (v, (batch, keys, channels), q.dtype)}
+    mask_dim = 0
+    if mask_embed is not None:
+        mask_dim = mask_embed.shape[-1]
+        wanted["mask_embed"] = (mask_embed, (batch, queries, mask_dim), torch.float32)
+        wanted["mask_features"] = (mask_features, (batch, keys, mask_dim), q.dtype)
+    for name, (tensor, shape, dtype) in wanted.items():
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; expected {shape} {dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}, q on {q.device}; expected one GPU")
+    if channels % num_heads or not supported(num_heads, channels // num_heads, mask_dim):
+        raise ValueError(
+            f"{num_heads} heads of {channels} channels with a mask of {mask_dim} have no kernel; expected 1 to 8 heads or a "
+            f"multiple of 8, of {HEAD_DIMS} channels each, and a multiple of {MASK_DIM_STEP} up to {MAX_MASK_DIM}"
+        )

@@ -1,0 +1,102 @@
+"""The kernels of csrc/attention on a CPU, compiled by the host's compiler over tests/native/emulation.h."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+REPO = Path(__file__).resolve().parents[2]
+FIELDS = ("batch", "queries", "keys", "heads", "dim", "q_stride", "k_stride", "v_stride", "mask_dim")
+OPTIONS = ("multiprocessors", "may_split", "backwards")
+
+
+class Arguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "mask_embed", "features", "out")),
+        *((name, ctypes.c_int64) for name in (*FIELDS, *OPTIONS)),
+    ]
+
+
+def compiler() -> str | None:
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+@functools.lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    folder = Path(tempfile.mkdtemp(prefix="attention-emulation-"))
+    target = folder / "attention.so"
+    flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", f"-I{REPO / 'csrc'}"]
+    source = REPO / "tests" / "native" / "attention.cpp"
+    subprocess.run([compiler(), *flags, str(source), "-o", str(target)], check=True)
+    library = ctypes.CDLL(str(target))
+    shutil.rmtree(folder)
+    return library
+
+
+def _guarded(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy at an address that is a multiple of 16, between values that are not numbers."""
+    width = tensor.shape[-1]
+    around = torch.full((tensor.numel() + 2 * 16 * width,), float("nan"), dtype=tensor.dtype)
+    start = 8 * width
+    while (around.data_ptr() + start * around.element_size()) % 16:
+        start += 1
+    inner = around[start : start + tensor.numel()].view(tensor.shape)
+    inner.copy_(tensor)
+    return inner
+
+
+def attention(
+    q,
+    k,
+    v,
+    num_heads,
+    mask_embed=None,
+    mask_features=None,
+    *,
+    multiprocessors=6,
+    may_split=True,
+    backwards=False,
+):
+    """mask2former.modeling.transformer_decoder.attention_cuda.attention for tensors on the CPU.
+
+    q, k and v are parts of wider rows, as three layers' projections of one matrix product are.
+    """
+    batch, queries, channels = q.shape
+    keys = k.shape[1]
+    nan = float("nan")
+
+    def packed(x, before, after):
+        return _guarded(torch.nn.functional.pad(x, (before, after), value=nan))
+
+    inputs = {"q": packed(q, 0, 8), "k": packed(k, 16, 0), "v": packed(v, 8, 24)}
+    starts = {"q": 0, "k": 16, "v": 8}
+    out = torch.full((batch * queries * channels + 8,), nan, dtype=q.dtype)
+    assert out.data_ptr() % 16 == 0
+    arguments = Arguments(
+        batch=batch,
+        queries=queries,
+        keys=keys,
+        heads=num_heads,
+        dim=channels // num_heads,
+        mask_dim=0 if mask_embed is None else mask_embed.shape[2],
+        multiprocessors=multiprocessors,
+        may_split=may_split,
+        backwards=backwards,
+        out=out.data_ptr(),
+    )
+    for name, tensor in inputs.items():
+        setattr(arguments, name, tensor.data_ptr() + 2 * starts[name])
+        setattr(arguments, f"{name}_stride", tensor.shape[2])
+    if mask_embed is not None:
+        inputs["mask_embed"], inputs["features"] = _guarded(mask_embed.float()), _guarded(mask_features)
+        arguments.mask_embed = inputs["mask_embed"].data_ptr()
+        arguments.features = inputs["features"].data_ptr()
+    _library().emulate_attention(ctypes.byref(arguments), int(q.dtype == torch.bfloat16))
+    assert out[-8:].isnan().all(), "the kernel wrote past the end"
+    return out[:-8].view(batch, queries, channels)

@@ -1,0 +1,70 @@
+// The kernels of csrc/attention on a CPU: tests/mask2former/test_attention_kernel.py compiles and calls this.
+#include <math.h>
+
+#include <algorithm>
+
+#include "emulation.h"
+
+#include "attention/kernels.cuh"
+#include "attention/plan.h"
+
+namespace {
+
+using namespace d2_trt;
+
+struct Arguments {
+    void const *q, *k, *v;
+    float const* mask_embed;
+    void const* features;
+    void* out;
+    std::int64_t batch, queries, keys, heads, dim, q_stride, k_stride, v_stride, mask_dim, multiprocessors, may_split, backwards;
+};
+
+template <typename T, int D, int kBlocks, bool kMasked>
+void run(Arguments const& a) {
+    AttentionPlan const plan =
+        plan_attention(a.batch, a.queries, a.keys, a.heads, kBlocks, a.may_split != 0, a.multiprocessors);
+    std::vector<float> partial(a.batch * a.queries * plan.splits * a.heads * D, NAN);
+    std::vector<float2> stats(a.batch * a.queries * plan.splits * a.heads, float2{NAN, NAN});
+    AttentionProblem p{};
+    p.q = a.q, p.k = a.k, p.v = a.v, p.mask_embed = a.mask_embed, p.features = a.features, p.out = a.out;
+    p.partial = partial.data(), p.stats = stats.data();
+    p.queries = a.queries, p.keys = a.keys, p.heads = a.heads, p.mask_dim = a.mask_dim;
+    p.q_stride = a.q_stride, p.k_stride = a.k_stride, p.v_stride = a.v_stride;
+    p.group_blocks = plan.group_blocks, p.tiles = plan.tiles, p.tiles_per_split = plan.tiles_per_split;
+    p.splits = plan.splits;
+    p.scale = static_cast<float>(1.4426950408889634 / std::sqrt(double(D)));
+    std::size_t bytes = plan.warps * Tile<D>::kWarpBytes;
+    if (kMasked) bytes += kTileKeys * feature_pitch(a.mask_dim) + kBlocks * kBlockRows * 4;
+    Index const grid{int(plan.splits), int(plan.groups * plan.head_groups), int(a.batch)};
+    emulation::run(grid, plan.warps * 32, bytes, a.backwards, [&] { attention_kernel<T, D, kBlocks, kMasked>(p); });
+    if (plan.splits == 1) return;
+    Index const rows{int(a.queries), int(plan.head_groups), int(a.batch)};
+    std::size_t const combined = kCombineThreads * 16 + plan.warps * (plan.splits + 1) * 4;
+    emulation::run(rows, kCombineThreads, combined, a.backwards, [&] { combine_kernel<T>(p, D, plan.warps); });
+}
+
+template <typename T, int D>
+void run_masked(Arguments const& a) {
+    if (a.mask_dim > 0) {
+        run<T, D, D == 64 ? 3 : 7, true>(a);
+    } else {
+        run<T, D, 1, false>(a);
+    }
+}
+
+template <typename T>
+void run_dim(Arguments const& a) {
+    switch (a.dim) {
+        case 8: return run_masked<T, 8>(a);
+        case 16: return run_masked<T, 16>(a);
+        case 32: return run_masked<T, 32>(a);
+        default: return run_masked<T, 64>(a);
+    }
+}
+
+}  // namespace
+
+extern "C" void emulate_attention(Arguments const* arguments, int bfloat16) {
+    bfloat16 ? run_dim<BFloat16>(*arguments) : run_dim<Half>(*arguments);
+}
