@@ -1,43 +1,53 @@
 #!/usr/bin/env python3
-"""Time a model stage by stage: network, post-processing, whole forward pass, DefaultPredictor.
+"""Time a model stage by stage, by several backends, beside the official release and the hardware's limits.
 
     python tools/benchmark.py --image-size 480x640 --precision fp32 tf32 fp16
     python tools/benchmark.py --backend torch tensorrt --precision fp32 fp16 --size 800x1088 448x640 --batch 1 2
+    python tools/benchmark.py --backend compile --compile-mode reduce-overhead max-autotune --stages core
     python tools/benchmark.py --release ../Mask2Former      # an official checkout, timed beside this project
+    python tools/benchmark.py --config-file configs/shapes/maskformer2_R50_shapes.yaml --stages evaluation
 
-Each stage is warmed up, then timed call by call; the table shows medians. On CUDA, calls are timed with events on an idle
-device, so that a figure is the latency of one call; `predictor` is wall-clock time, since most of it is spent on the CPU.
-Beside each time stands how far the network's outputs agree with PyTorch's in float32 on the same images: relative error of
-class logits and of mask logits, shares of mask pixels with the same sign and of queries with the same class. TensorRT's
-engine is built, or taken from the cache, before anything is timed. Every row goes to a CSV file with the GPU and the
-versions.
+Stages:
+    core            the network: backbone, pixel decoder, transformer decoder; one call on an idle GPU
+    throughput      the network, many calls back to back
+    postprocess     from the network's outputs to the results
+    forward         model(inputs): upload, network, post-processing
+    predictor       DefaultPredictor(cfg)(img), which resizes on the CPU (batch 1, --image-size)
+    trt_predictor   d2_trt.TensorRTPredictor(cfg)(img), which resizes on the GPU (batch 1, --image-size)
+    stream          TensorRTPredictor(cfg).stream(images, batch_size=batch), from the first image's start to the last's end
+    host            the predictors' parts before the network: PIL's resize, the conversion to float32, its upload, the
+                    model's preprocess, TensorRTPredictor's upload and resize
+    evaluation      model and evaluators over the first data set of DATASETS.TEST, with and without its data loader
+
+All configurations that fit into the GPU's memory take turns: --iterations calls of a stage are spread over --rounds
+rounds, so that a drift of the clock hits all alike. On CUDA, calls are timed with events; `predictor`, `trt_predictor`,
+`stream`, `host` and `evaluation` are wall-clock time, since the CPU has a part in them. A row has the median and the 10th
+and 90th percentile of its calls in ms, and images a second by the median; `stream` and `evaluation` run once a round over
+all their images, and an image's share is what their rows give.
+
+Beside the times stand: how far the network's outputs agree with PyTorch's in float32 on the same images (relative error of
+class logits and of mask logits, shares of mask pixels with the same sign and of queries with the same class); GPU memory,
+what a configuration keeps (weights, engine, graphs) plus what a call takes; what the engine took to build; and the distance
+to two floors that follow from the work and from what this GPU reached in a large copy and a large matrix product just before
+(tools/benchmark_limits.py says what is counted). Every row goes to a CSV file as soon as it is there; what cannot be
+measured has its reason in it, and ends the run with status 1 after the others. tools/benchmark_plots.py draws the file.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-STAGES = ("core", "postprocess", "forward", "predictor")
-PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
-AGREEMENT = ("logit_error", "mask_error", "sign_agreement", "class_agreement")
-FIELDS = (
-    *("date", "implementation", "gpu", "torch", "cuda", "tensorrt", "detectron2", "python", "config"),
-    *("backend", "precision", "batch", "image", "padded", "output", "stage"),
-    *("median_ms", "p10_ms", "p90_ms", "iterations", "peak_mib", "segments", "instances"),
-    *AGREEMENT,
-    *("build_s", "cached_start_s", "engine_mib"),
+STAGES = (
+    *("core", "throughput", "postprocess", "forward", "predictor", "trt_predictor", "stream"),
+    *("host", "evaluation"),
 )
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -63,17 +73,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=[],
         type=_size,
         metavar="HxW",
-        help="sizes of images that the network takes as they are, padded but not resized; no `predictor` stage",
+        help="sizes of images that the network takes as they are, padded but not resized; no predictors",
     )
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
-    parser.add_argument("--backend", nargs="+", metavar="NAME", help="default: MODEL.BACKEND, which is torch")
+    parser.add_argument(
+        "--backend",
+        nargs="+",
+        metavar="NAME",
+        help="torch, tensorrt, or compile for torch.compile; default: MODEL.BACKEND, which is torch",
+    )
+    parser.add_argument("--compile-mode", nargs="+", choices=COMPILE_MODES, default=["reduce-overhead"])
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        default=[stage for stage in STAGES if stage not in ("host", "evaluation")],
+        help="default: all but host and evaluation",
+    )
     parser.add_argument(
         "--all-tasks", action="store_true", help="semantic, instance and panoptic on together"
     )
-    parser.add_argument("--warmup", type=int, default=10)
-    parser.add_argument("--iterations", type=int, default=50)
+    parser.add_argument("--warmup", type=int, default=10, help="calls before those that count (10)")
+    parser.add_argument("--iterations", type=int, default=50, help="calls of a stage that count (50)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each configuration (5)")
+    parser.add_argument("--stream-images", type=int, default=100, help="images of a stream (100)")
+    parser.add_argument(
+        "--eval-images", type=int, default=0, help="images of the data set, from its start (all)"
+    )
+    parser.add_argument(
+        "--no-interleave", action="store_true", help="one configuration after the other, alone on the GPU"
+    )
+    parser.add_argument("--no-limits", action="store_true", help="no floors, no large copies and products")
+    parser.add_argument(
+        "--skip-cached-start", action="store_true", help="do not load the engine once more to time it"
+    )
     parser.add_argument("--device", default=None, help="cuda or cpu; cuda where there is one")
     parser.add_argument("--output", default="results", help="folder of the CSV files")
     parser.add_argument(
@@ -81,15 +115,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--implementation", default="d2_trt", help=argparse.SUPPRESS)
     parser.add_argument("--package-root", default=str(REPO), help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the config, after --")
     args = parser.parse_args(argv)
     if not os.path.exists(args.config_file):
         args.config_file = str(REPO / args.config_file)
     if not os.path.exists(args.config_file):
         parser.error(f"no config file {args.config_file}")
-    if args.iterations < 1 or args.warmup < 0 or min(args.batch) < 1:
-        parser.error("--iterations and --batch must be at least 1, --warmup at least 0")
+    if min(args.iterations, args.rounds, args.stream_images, *args.batch) < 1:
+        parser.error("--iterations, --rounds, --stream-images and --batch must be at least 1")
+    if min(args.warmup, args.eval_images) < 0:
+        parser.error("--warmup and --eval-images must be at least 0")
     if len(args.opts) % 2:
         parser.error(f"overrides are KEY VALUE pairs, but {len(args.opts)} words were given")
     if not args.image_size and not args.size:
@@ -107,161 +143,118 @@ def _size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def run(args: argparse.Namespace, save_weights: str | None = None) -> tuple[list[dict], list[str]]:
-    """Time one implementation.
+class Limits:
+    """The columns that set a row against the hardware: floors, and how many times as long it took."""
 
-    Args:
-        save_weights: file for the model's weights, so that another implementation can be timed with the same.
+    def __init__(self, bench, precisions: list[str], device: str, report):
+        """Measure the ceilings; they go into the report."""
+        from benchmark_limits import Ceilings
 
-    Returns:
-        the table's rows, and what went wrong: a backend that fails at one precision is still timed at the others.
-    """
-    import detectron2
-    import torch
-    from benchmark_model import Case, Subject, build_cfg
-    from benchmark_timing import Timer
+        self._bench, self._workloads, self._report = bench, {}, report
+        self._ceilings = Ceilings.measure(device, precisions)
+        report.ceiling({"stage": "ceiling_copy", "gb_per_s": round(self._ceilings.bandwidth / 1e9, 1)})
+        for precision, rate in self._ceilings.flops.items():
+            report.ceiling(
+                {
+                    "stage": f"ceiling_matmul_{precision}",
+                    "precision": precision,
+                    "tflop_per_s": round(rate / 1e12, 3),
+                }
+            )
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cfg = build_cfg(args, device)
-    subject = Subject(cfg, args.implementation)
-    if save_weights:
-        torch.save({"model": subject.model.state_dict()}, save_weights)
-    cases = [Case(subject.predictor, size, resize=True) for size in args.image_size]
-    cases += [Case(subject.predictor, size, resize=False) for size in args.size]
-    timer = Timer(device, args.warmup, args.iterations)
-    common = {
-        "date": datetime.date.today().isoformat(),
-        "implementation": args.implementation,
-        "gpu": torch.cuda.get_device_name() if timer.cuda else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "",
-        "detectron2": detectron2.__version__,
-        "python": platform.python_version(),
-        "config": os.path.relpath(args.config_file, REPO / "configs"),
-    }
-    rows, failures = [], []
-    if args.implementation == "release":
-        for precision in args.precision:
-            row = {**common, "backend": "torch", "precision": precision}
-            _time_cases(args, subject, cases, timer, row, rows)
-        return rows, failures
-    from benchmark_backends import install
+    def __call__(self, case: int, batch: int, stage: str, row: dict) -> dict:
+        """Columns of a row: of the network for `core` and `throughput`, of bytes alone for `postprocess`."""
+        if stage == "postprocess":
+            moved = 1e6 * row["postprocess_mb"]
+            floor = float(f"{1e3 * moved / self._ceilings.bandwidth:.4g}")
+            columns = {"moved_mb": row["postprocess_mb"], "limit_ms": floor}
+        elif stage in ("core", "throughput"):
+            workload = self._workload(case, row["image"])
+            if workload is None:
+                return {}
+            columns = workload.columns(self._ceilings, row["precision"], batch)
+            columns["times_layers"] = float(f"{row['median_ms'] / columns['layers_ms']:.4g}")
+            columns["tflop_per_s"] = float(f"{columns['gflop'] / row['median_ms']:.4g}")
+        else:
+            return {}
+        columns["gb_per_s"] = float(f"{columns['moved_mb'] / row['median_ms']:.4g}")
+        return {**columns, "times_limit": float(f"{row['median_ms'] / max(columns['limit_ms'], 1e-9):.4g}")}
 
-    from mask2former.backend import BackendError, check_backend
+    def _workload(self, case: int, name: str):
+        """Counted once a case; None where that fails, which is said once."""
+        from benchmark_bench import MeasureError
 
-    backends = args.backend or [cfg.MODEL.BACKEND]
-    for backend in backends:
-        check_backend(backend, cfg)
-    for backend in backends:
-        for precision in args.precision:
-            row = {**common, "backend": backend, "precision": precision}
+        if case not in self._workloads:
             try:
-                row.update(install(subject, cfg, backend, precision))
-                _time_cases(args, subject, cases, timer, row, rows)
-            except BackendError as error:
-                failures.append(f"{backend} {precision}: {error}")
-                print(failures[-1], file=sys.stderr, flush=True)
-    return rows, failures
+                self._workloads[case] = self._bench.workload(case)
+            except MeasureError as error:
+                self._workloads[case] = None
+                self._report.failure(f"limits at {name}", {"image": name, "stage": "limits"}, str(error))
+        return self._workloads[case]
 
 
-def _time_cases(args: argparse.Namespace, subject, cases, timer, common: dict, rows: list[dict]) -> None:
-    """Add the rows of one backend at one precision: every size, batch and stage."""
+def run(args: argparse.Namespace, argv: list[str]):
+    """Time everything that was asked for; returns the Report."""
+    from benchmark_bench import LocalBench
+    from benchmark_rounds import run_all, start_release
+    from benchmark_table import Report
+    from measurements import command_line, config_name, machine, today
+
+    device = _device(args)
+    common = {
+        "date": today(),
+        **machine(device),
+        "config": config_name(args.config_file),
+        "command": command_line(argv),
+    }
+    if not common["tensorrt"]:
+        common["tensorrt"] = _tensorrt_version(args)
+    report = Report(args.output, common)
+    bench = LocalBench(args, device)
+    benches = [bench]
+    with tempfile.TemporaryDirectory() as folder:
+        if args.release and (release := start_release(__file__, args, argv, bench, folder, report)):
+            benches.append(release)
+        try:
+            limits = Limits(bench, args.precision, device, report) if not args.no_limits else lambda *_: {}
+            run_all(benches, args, report, limits)
+        finally:
+            for one in benches:
+                one.close()
+    return report
+
+
+def _device(args: argparse.Namespace) -> str:
     import torch
-    from benchmark_timing import set_precision
 
-    # Of TensorRT, the engine has the precision; PyTorch keeps what is left to it in float32.
-    precision = "fp32" if common["backend"] == "tensorrt" else common["precision"]
-    for case in cases:
-        for batch in args.batch:
-            with torch.inference_mode():
-                images = subject.padded(case, batch)
-                with set_precision(precision, timer.device):
-                    outputs = subject.core(images)
-                    results = subject.postprocess_call(case, images, outputs)()
-                row = {
-                    **common,
-                    "batch": batch,
-                    "image": "x".join(map(str, case.size)),
-                    "padded": "x".join(map(str, images.shape[-2:])),
-                    "output": "x".join(map(str, case.size)),
-                    # What there was to post-process: few segments make it easy.
-                    "segments": len(results[0]["panoptic_seg"][1]) if "panoptic_seg" in results[0] else "",
-                    "instances": len(results[0]["instances"]) if "instances" in results[0] else "",
-                }
-                if not subject.release:
-                    from benchmark_backends import agreement, reference_outputs
-
-                    row.update(agreement(outputs, reference_outputs(subject, images)))
-                inputs = [case.input] * batch
-                calls = {
-                    "core": lambda images=images: subject.core(images),
-                    "postprocess": subject.postprocess_call(case, images, outputs),
-                    "forward": lambda inputs=inputs: subject.model(inputs),
-                }
-                if batch == 1 and case.resized:  # DefaultPredictor takes one image, and resizes it
-                    calls["predictor"] = lambda case=case: subject.predictor(case.image)
-                stages = [stage for stage in args.stages if stage in calls]
-                with set_precision(precision, timer.device):
-                    for stage in stages:
-                        times = timer.measure(calls[stage], wall_clock=stage == "predictor")
-                        rows.append({**row, "stage": stage, **times})
-                done = ", ".join(f"{r['stage']} {r['median_ms']} ms" for r in rows[len(rows) - len(stages) :])
-                print(
-                    f"{row['backend']} {row['precision']} batch {batch} at {row['padded']}: {done}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def run_release(args: argparse.Namespace, argv: list[str], weights: str) -> list[dict]:
-    """Rows of the official checkout, from a process in which `mask2former` is the release's package."""
-    command = [
-        sys.executable,
-        __file__,
-        "--implementation",
-        "release",
-        "--package-root",
-        args.release,
-        "--json",
-    ]
-    command += [*argv, *([] if "--" in argv else ["--"]), "MODEL.WEIGHTS", weights]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"timing the release in {args.release} failed, see above: {' '.join(command)}")
-    return json.loads(done.stdout.splitlines()[-1])
+def _tensorrt_version(args: argparse.Namespace) -> str:
+    """Of a TensorRT that is there without its package's metadata; empty where none is asked for."""
+    if "tensorrt" not in (args.backend or ()):
+        return ""
+    from d2_trt import compat
+    from d2_trt.errors import MissingDependencyError
+
+    try:
+        return compat.tensorrt().__version__
+    except MissingDependencyError:
+        return ""  # the configuration's own row says why
 
 
-def write_csv(folder: str, rows: list[dict]) -> Path:
-    first = rows[0]
-    name = f"{first['gpu']}_torch{first['torch']}_{time.strftime('%Y%m%d-%H%M%S')}.csv"
-    path = Path(folder) / "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
+def serve(args: argparse.Namespace) -> int:
+    """The release's process."""
+    from benchmark_bench import LocalBench
+    from benchmark_evaluation import register_shapes
+    from benchmark_release import serve as answer
 
-
-def print_table(rows: list[dict]) -> None:
-    columns = ["implementation", "backend", "precision", "batch", "padded", "stage"]
-    columns += ["median_ms", "p10_ms", "p90_ms", "peak_mib", "segments", "instances", *AGREEMENT]
-    columns += ["build_s", "cached_start_s", "engine_mib"]
-    columns = [c for c in columns if any(row.get(c, "") != "" for row in rows)]
-    table = [columns] + [[_cell(row.get(c, "")) for c in columns] for row in rows]
-    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
-    first = rows[0]
-    tensorrt = {f", TensorRT {row['tensorrt']}" for row in rows if row.get("tensorrt")}
-    print(
-        f"{first['config']}, {first['gpu']}, torch {first['torch']}{''.join(sorted(tensorrt))}, "
-        f"detectron2 {first['detectron2']}, {first['date']}"
-    )
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-
-
-def _cell(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1 else str(value)
+    # Everything printed on the way belongs on stderr: stdout is the parent's.
+    stdout, sys.stdout = sys.stdout, sys.stderr
+    if args.package_root != str(REPO):
+        register_shapes()
+    answer(LocalBench(args, _device(args)), sys.stdin, stdout)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -269,43 +262,26 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     # The modules beside this one, and the package: the release's where that is to be timed.
     sys.path[:0] = [args.package_root, str(REPO / "tools")]
-    if args.json:
-        # Everything printed on the way belongs on stderr: the last line of stdout is the result.
-        stdout, sys.stdout = sys.stdout, sys.stderr
-        print(json.dumps(run(args)[0]), file=stdout)
-        return 0
+    if args.serve:
+        return serve(args)
     from d2_trt.logging import setup_logger
     from mask2former.backend import BackendError
 
     setup_logger()
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            weights = os.path.join(folder, "weights.pth") if args.release else None
-            rows, failures = run(args, weights)
-            if args.release:
-                rows += run_release(args, _without_ours(argv), weights)
-    except (BackendError, KeyError) as error:
+        report = run(args, argv)
+    except (BackendError, KeyError, ValueError) as error:
         print(f"benchmark.py: error: {error.args[0]}", file=sys.stderr)
         return 2
-    if rows:
-        print_table(rows)
-        print(f"written to {write_csv(args.output, rows)}")
+    failures = list(report.failures)
+    if report.rows:
+        report.print_table()
+        print(f"written to {report.path}")
     elif not failures:
         failures = ["none of --stages applies to these sizes and batches"]
     for failure in failures:
         print(f"benchmark.py: error: {failure}", file=sys.stderr)
     return 1 if failures else 0
-
-
-def _without_ours(argv: list[str]) -> list[str]:
-    """A command line without the options that have no meaning for the release."""
-    kept, dropping = [], False
-    for word in argv:
-        if word.startswith("-"):
-            dropping = word in ("--release", "--backend")
-        if not dropping:
-            kept.append(word)
-    return kept
 
 
 if __name__ == "__main__":

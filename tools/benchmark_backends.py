@@ -2,61 +2,101 @@
 
 from __future__ import annotations
 
-import gc
 import time
 
 import torch
 from benchmark_model import Subject
+from benchmark_timing import autocast
 
-from mask2former.backend import BackendError, build_backend
+from mask2former.backend import BackendError, build_backend, check_backend
+
+COMPILE = "compile"  # of the benchmark alone; the others are names of MODEL.BACKEND
 
 
-def install(subject: Subject, cfg, backend: str, precision: str) -> dict:
-    """Run the subject's network by a backend.
+def check(name: str, cfg) -> None:
+    """Raise as check_backend does where a name or its part of the config is wrong."""
+    if name != COMPILE:
+        check_backend(name, cfg)
 
-    Returns:
-        columns of the table: for TensorRT its version, and where one engine serves all sizes the seconds that building it
-        took (whenever that was), the seconds of a start from the cache in this process, and the engine's size.
+
+def make_backend(subject: Subject, cfg, name: str, precision: str, compile_mode: str):
+    """What runs the subject's network by a backend's name at a precision; an engine is built or loaded first.
 
     Raises:
         BackendError: the backend cannot run here, or its engine was refused.
     """
-    subject.use(None)
-    gc.collect()  # engines of the backend before
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if backend == "torch":
-        subject.use(build_backend("torch", subject.model, cfg))
-        return {}
+    device = cfg.MODEL.DEVICE
+    if name == COMPILE:
+        from benchmark_compile import CompileBackend
+
+        return InPrecision(CompileBackend(subject.model, device, compile_mode), precision, device)
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.merge_from_list(["MODEL.BACKEND", backend])
-    if backend == "tensorrt":
+    cfg.merge_from_list(["MODEL.BACKEND", name])
+    if name == "tensorrt":
         cfg.MODEL.TENSORRT.PRECISION = precision
-    made = build_backend(backend, subject.model, cfg)
+    made = build_backend(name, subject.model, cfg)
+    if name == "torch":
+        return InPrecision(made, precision, device)
     made.prepare()
-    subject.use(made)
     told = made.describe()
-    if backend != "tensorrt":
-        return {}
-    if told["backend"] != "tensorrt":
+    if name == "tensorrt" and told["backend"] != "tensorrt":
         raise BackendError(f"nothing of TensorRT's to time: the backend is {told['backend']}")
-    from d2_trt import compat
+    return made
 
-    columns = {"tensorrt": compat.tensorrt().__version__}
-    if told["engines"]:
-        columns.update(engine_columns(told["engines"][0]))
-        if told["engines"][0]["path"] is not None:
-            columns["cached_start_s"] = cached_start(subject, cfg)
+
+class InPrecision:
+    """A backend in autocast, which PyTorch keeps by thread: a stream runs its network in one of its own."""
+
+    def __init__(self, backend, precision: str, device: str):
+        self._backend, self._precision, self._device = backend, precision, device
+
+    def __getattr__(self, name: str):
+        return getattr(self._backend, name)
+
+    def __call__(self, images: torch.Tensor):
+        with autocast(self._precision, self._device):
+            return self._backend(images)
+
+
+def variant(cfg, name: str, compile_mode: str) -> str:
+    """What distinguishes configurations of one backend and precision."""
+    if name == COMPILE:
+        return compile_mode
+    if name != "tensorrt":
+        return ""
+    return "static" if cfg.MODEL.TENSORRT.STATIC else "dynamic"
+
+
+def engine_columns(told: dict, batch: int, height: int, width: int) -> dict:
+    """Seconds that building the engine of a padded size took (whenever that was), and its size; {} without an engine.
+
+    Of an engine for that size alone also the seconds that loading it from the cache took, where it came from there.
+
+    Args:
+        told: of a backend's describe().
+    """
+    from d2_trt.shape_range import ShapeRange
+
+    engines = [
+        (shapes.is_static, engine)
+        for engine in told.get("engines", ())
+        if (shapes := ShapeRange.from_json(engine["shapes"])).contains(batch, height, width)
+    ]
+    if not engines:
+        return {}
+    static, engine = max(engines, key=lambda pair: pair[0])
+    columns = {"build_s": round(engine["build_seconds"], 1), "engine_mib": round(engine["mib"], 1)}
+    if static and not engine["built"]:
+        columns["cached_start_s"] = round(engine["ready_seconds"], 2)
     return columns
 
 
-def engine_columns(engine: dict) -> dict:
-    return {"build_s": round(engine["build_seconds"], 1), "engine_mib": round(engine["mib"], 1)}
-
-
-def cached_start(subject: Subject, cfg) -> float:
+def cached_start(subject: Subject, cfg, precision: str) -> float:
     """Seconds from a loaded model to a loaded engine that lies in the cache: digests, reading, deserializing."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list(["MODEL.BACKEND", "tensorrt", "MODEL.TENSORRT.PRECISION", precision])
     torch.cuda.synchronize()
     started = time.perf_counter()
     another = build_backend("tensorrt", subject.model, cfg)

@@ -7,6 +7,7 @@ import argparse
 import cv2
 import numpy as np
 import torch
+from benchmark_timing import Stage
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.projects.deeplab import add_deeplab_config
@@ -30,16 +31,18 @@ def build_cfg(args: argparse.Namespace, device: str) -> CfgNode:
     add_deeplab_config(cfg)
     add_maskformer2_config(cfg)
     opts = list(args.opts)
-    if args.implementation == "release":
-        pairs = zip(opts[::2], opts[1::2])
-        opts = [word for key, value in pairs if not key.startswith(OURS) for word in (key, value)]
-    else:
+    if args.implementation != "release":
         from d2_trt import add_tensorrt_config
 
         add_tensorrt_config(cfg)
         # What PyTorch ran instead would be timed as TensorRT.
         opts = ["MODEL.TENSORRT.ON_OUT_OF_RANGE", "raise", *opts]
         opts = ["MODEL.TENSORRT.MAX_BATCH_SIZE", str(max(args.batch)), *opts]
+    else:
+        # The project's own configs have keys that the release does not know, which are without meaning there.
+        cfg.MODEL.MASK_FORMER.TEST.BOXES_FROM_MASKS = False
+        pairs = zip(opts[::2], opts[1::2])
+        opts = [word for key, value in pairs if not key.startswith(OURS) for word in (key, value)]
     cfg.merge_from_file(args.config_file)
     if args.all_tasks:
         for task in ("SEMANTIC", "INSTANCE", "PANOPTIC"):
@@ -59,25 +62,48 @@ class Case:
         self.size = size
         self.resized = resize
         self.image = draw_image(size)
+        self.transform = None
         picture = self.image
         if resize:
-            transform = predictor.aug if hasattr(predictor, "aug") else predictor.transform_gen
-            picture = transform.get_transform(picture).apply_image(picture)
-        tensor = torch.as_tensor(picture.astype("float32").transpose(2, 0, 1))
-        self.input = {"image": tensor, "height": size[0], "width": size[1]}
+            self.transform = predictor.aug if hasattr(predictor, "aug") else predictor.transform_gen
+            picture = self.resize()
+        self.input = {"image": as_float(picture), "height": size[0], "width": size[1]}
+
+    @property
+    def name(self) -> str:
+        return "x".join(map(str, self.size))
+
+    def resize(self) -> np.ndarray:
+        """The image as DefaultPredictor resizes it, (H, W, 3) uint8."""
+        return self.transform.get_transform(self.image).apply_image(self.image)
+
+
+def as_float(picture: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) float32, as DefaultPredictor does it."""
+    return torch.as_tensor(picture.astype("float32").transpose(2, 0, 1))
 
 
 class Subject:
     """One implementation's model, behind the stages that are timed."""
 
-    def __init__(self, cfg, implementation: str):
+    def __init__(self, cfg, implementation: str, stream_images: int = 100):
+        """
+        Args:
+            stream_images: images of one TensorRTPredictor.stream.
+        """
         torch.manual_seed(0)
-        if implementation != "release":
+        self.release = implementation == "release"
+        self.stream_images = stream_images
+        if self.release:
+            self.predictor = DefaultPredictor(cfg)
+        else:
+            from d2_trt import TensorRTPredictor
+
             cfg = cfg.clone()
             cfg.MODEL.BACKEND = "torch"  # use() puts others in its place
-        self.predictor = DefaultPredictor(cfg)
+            # A DefaultPredictor too, whose call is timed as well: one model serves both.
+            self.predictor = TensorRTPredictor(cfg)
         self.model = self.predictor.model
-        self.release = implementation == "release"
 
     def use(self, backend) -> None:
         """Run the network by another backend."""
@@ -95,9 +121,58 @@ class Subject:
             return self.model.backend(images)
         return self.model.sem_seg_head(self.model.backbone(images))
 
-    def postprocess_call(self, case: Case, images: torch.Tensor, outputs):
+    def stages(self, case: Case, batch: int, images: torch.Tensor, outputs) -> dict[str, Stage]:
+        """All that can be timed of a case: name -> stage.
+
+        Args:
+            images: (B, 3, H, W) of padded().
+            outputs: of core(images).
+        """
+        inputs = [case.input] * batch
+        stages = {
+            "core": Stage(lambda: self.core(images), batch),
+            "throughput": Stage(lambda: self.core(images), batch, back_to_back=True),
+            "postprocess": Stage(self._postprocess_call(case, images, outputs), batch),
+            "forward": Stage(lambda: self.model(inputs), batch),
+        }
+        if not case.resized:  # predictors resize
+            return stages
+        if batch == 1:  # they take one image
+            stages["predictor"] = Stage(
+                lambda: DefaultPredictor.__call__(self.predictor, case.image), 1, wall_clock=True
+            )
+            stages.update(self._host_stages(case))
+            if not self.release:
+                stages["trt_predictor"] = Stage(lambda: self.predictor(case.image), 1, wall_clock=True)
+        if not self.release:
+            stages["stream"] = Stage(
+                lambda: self._stream(case, batch), self.stream_images, wall_clock=True, slow=True
+            )
+        return stages
+
+    def _stream(self, case: Case, batch: int) -> None:
+        images = (case.image for _ in range(self.stream_images))
+        for _ in self.predictor.stream(images, batch_size=batch, prefetch=max(8, 2 * batch)):
+            pass
+
+    def _host_stages(self, case: Case) -> dict[str, Stage]:
+        """What a predictor does around the network, mostly on the CPU, in its parts."""
+        picture = case.resize()
+        stages = {
+            "host_resize": Stage(case.resize, 1, wall_clock=True),
+            "host_float": Stage(lambda: as_float(picture), 1, wall_clock=True),
+            "host_upload": Stage(lambda: case.input["image"].to(self.model.device), 1, wall_clock=True),
+        }
+        if not self.release:
+            stages["host_preprocess"] = Stage(lambda: self.model.preprocess([case.input]), 1, wall_clock=True)
+            load = self.predictor.load
+            stages["host_trt_load"] = Stage(
+                lambda: load(case.image, self.predictor._ring), 1, wall_clock=True
+            )
+        return stages
+
+    def _postprocess_call(self, case: Case, images: torch.Tensor, outputs):
         """A call that does all that follows the network."""
-        inputs = [case.input] * len(images)
         if not self.release:
             from mask2former.postprocessing import postprocess
 
@@ -112,7 +187,7 @@ class Subject:
             )
         # The release has no function for it: its forward with the network's outputs at hand is the nearest, and holds
         # the upload and normalisation of the image besides.
-        model = self.model
+        model, inputs = self.model, [case.input] * len(images)
 
         def call():
             head, backbone = model.sem_seg_head.forward, model.backbone.forward
@@ -130,3 +205,38 @@ def draw_image(size: tuple[int, int]) -> np.ndarray:
     """A smooth random BGR image (H, W, 3) uint8: noise alone would be unlike anything a camera sees."""
     small = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     return cv2.resize(small, size[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+class Footprint:
+    """GPU memory that a part of the program took and kept, in this process, summed over the times it was at work.
+
+    Not only PyTorch's: an engine's weights and the driver's copies of kernels count. Other processes must be idle meanwhile.
+    """
+
+    def __init__(self, cuda: bool):
+        self._cuda = cuda
+        self._taken = 0
+
+    def __enter__(self) -> Footprint:
+        self._before = self._now()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._taken += self._now() - self._before
+
+    @property
+    def mib(self) -> float:
+        return self._taken / 2**20
+
+    def _now(self) -> int:
+        if not self._cuda:
+            return 0
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        # Of PyTorch's memory what is in use, not what it keeps for later.
+        return total - free - torch.cuda.memory_reserved() + torch.cuda.memory_allocated()
+
+
+def weights_mib(model: torch.nn.Module) -> float:
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20

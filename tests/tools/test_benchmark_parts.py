@@ -1,0 +1,293 @@
+"""The parts of tools/benchmark.py: turns, what is counted, the release's pipe, torch.compile's requirements."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shutil
+import sys
+
+import benchmark_compile
+import benchmark_release
+import pytest
+import torch
+from benchmark_bench import MeasureError
+from benchmark_evaluation import stand_in_for_panopticapi
+from benchmark_limits import Ceilings, Work, Workload
+from benchmark_model import draw_image
+from benchmark_rounds import run_all
+from benchmark_table import Report
+from benchmark_timing import Stage, Timer, summary
+from torch import nn
+
+from mask2former import get_mask2former_cfg
+from mask2former.backend import BackendError
+from mask2former.evaluation.panoptic_quality import rgb_to_ids
+from mask2former.maskformer_model import MaskFormer
+from mask2former.modeling.pixel_decoder.ms_deform_attn import MSDeformAttn
+from tests.tools.test_benchmark import OPTS
+
+COLUMNS = {"gpu": "a GPU", "torch": "2", "tensorrt": ""}
+
+
+class FakeBench:
+    """Takes notes of what is asked of it; `failures` are (method, configuration) -> how often it fails."""
+
+    def __init__(self, names, log, failures=()):
+        self._names, self._log, self._failures = names, log, dict(failures)
+
+    @property
+    def configurations(self):
+        return [{"implementation": "x", "backend": name, "precision": "fp32"} for name in self._names]
+
+    def _do(self, what, index, *more):
+        name = self._names[index]
+        self._log.append((what, name, *more))
+        if self._failures.get((what, name), 0) > 0:
+            self._failures[what, name] -= 1
+            raise MeasureError(f"{what} of {name}", memory=what == "install")
+
+    def install(self, index):
+        self._do("install", index)
+        return {}
+
+    def uninstall(self, index):
+        self._log.append(("uninstall", self._names[index]))
+
+    def prepare(self, index, case, batch):
+        self._do("prepare", index)
+        return {"columns": {"batch": batch, "image": "64x64"}, "stages": ["core"]}
+
+    def measure(self, index, stage, samples, warmup):
+        self._do("measure", index, samples, warmup)
+        told = {"times": [1.0 + index] * samples, "images": 1, "call_mib": 10.0, "resident_mib": 5.0}
+        return told
+
+    def forget(self, index):
+        self._log.append(("forget", self._names[index]))
+
+
+@pytest.fixture
+def turns(tmp_path):
+    """What the benches were asked, the rows and the failures."""
+
+    def call(names, failures=(), **options):
+        log: list = []
+        report = Report(tmp_path, COLUMNS)
+        usual = {"stages": ["core"], "image_size": [], "size": [(64, 64)], "batch": [1], "iterations": 5}
+        usual |= {"rounds": 2, "warmup": 10, "no_interleave": False}
+        args = argparse.Namespace(**{**usual, **options})
+        run_all([FakeBench(names, log, failures)], args, report, lambda *_: {})
+        return log, report
+
+    return call
+
+
+def test_configurations_take_turns_and_each_round_starts_with_another(turns):
+    log, report = turns("abc")
+    measured = [entry[1:] for entry in log if entry[0] == "measure"]
+    # All five calls in two rounds; the full warm-up only at first.
+    first, second = measured[:3], measured[3:]
+    assert first == [("a", 2, 10), ("b", 2, 10), ("c", 2, 10)]
+    assert second == [("b", 3, 2), ("c", 3, 2), ("a", 3, 2)]
+    assert [row["iterations"] for row in report.rows] == [5, 5, 5]
+    assert [row["median_ms"] for row in report.rows] == [1.0, 2.0, 3.0]
+    assert {(row["peak_mib"], row["resident_mib"]) for row in report.rows} == {(15, 5)}
+
+
+def test_configurations_alone_where_asked(turns):
+    log, report = turns("ab", no_interleave=True)
+    assert [e[:2] for e in log if e[0] in ("install", "uninstall")] == [
+        *(("install", "a"), ("uninstall", "a"), ("install", "b"), ("uninstall", "b")),
+    ]
+    assert len(report.rows) == 2
+
+
+def test_configuration_that_finds_no_memory_comes_again_when_the_others_are_gone(turns):
+    log, report = turns("abc", {("install", "b"): 1})
+    assert not report.failures
+    order = [e[:2] for e in log if e[0] in ("install", "uninstall")]
+    assert order.index(("uninstall", "a")) < len(order) - 1 - order[::-1].index(("install", "b"))
+    assert [row["backend"] for row in report.rows] == ["a", "b", "c"]
+
+
+def test_failures_have_a_row_with_the_reason(turns):
+    _, report = turns("abcd", {("install", "a"): 2, ("prepare", "b"): 1, ("measure", "c"): 1})
+    assert report.failures == [
+        "a fp32: install of a",
+        "b fp32 batch 1 at 64x64: prepare of b",
+        "c fp32 batch 1 at 64x64, core: measure of c",
+    ]
+    assert [row["backend"] for row in report.rows] == ["d"]
+    assert [row["error"] for row in report._file.rows] == ["install of a", "prepare of b", "measure of c", ""]
+
+
+# Times
+
+
+def test_summary_of_times():
+    told = summary([4.0, 1.0, 2.0, 3.0, 5.0], images=2)
+    assert (told["median_ms"], told["iterations"]) == (3.0, 5)
+    assert told["p10_ms"] == pytest.approx(1.4) and told["p90_ms"] == pytest.approx(4.6)
+    assert told["images_per_s"] == pytest.approx(2000 / 3, rel=1e-4)
+
+
+def test_back_to_back_calls_make_one_sample():
+    calls = []
+    stage = Stage(lambda: calls.append(1), 1, back_to_back=True)
+    times = Timer("cpu").samples(stage, 2, warmup=3)
+    # A call of no time is repeated as often as allowed, after the warm-up and one call that finds this out.
+    assert len(times) == 2 and len(calls) == 3 + 1 + 2 * 200
+
+
+# What is counted
+
+
+def test_matrix_products_and_convolutions_are_counted():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Flatten(2), nn.Linear(64, 5))
+    images = torch.zeros(1, 3, 8, 8)
+    work = Workload.count(lambda x: (model(x), x), model, images)
+    conv, linear = work.layers
+    assert conv.flops == 2 * 64 * 8 * 27 and linear.flops == 2 * 8 * 64 * 5
+    assert conv.weights == 8 * 27 and conv.activations == 3 * 64 + 8 * 64
+    assert linear.weights == 64 * 5 + 5 and linear.activations == 8 * 64 + 8 * 5
+    assert work.weights == sum(p.numel() for p in model.parameters())
+    assert work.images == 4 * 3 * 64 and work.results == 4 * (8 * 5 + 3 * 64)
+
+
+def test_deformable_attention_is_counted_by_its_samples():
+    attention = MSDeformAttn(d_model=32, n_levels=2, n_heads=4, n_points=3)
+    shapes = ((4, 4), (2, 2))
+    pixels = torch.zeros(1, 20, 32)
+    work = Workload.count(lambda x: (attention(x, x, shapes),), attention, pixels)
+    (core,) = [layer for layer in work.layers if layer.sampled]
+    assert (
+        core.flops == 20 * 4 * 2 * 3 * 8 * 8
+    )  # queries, heads, levels, points, channels; four multiply-adds
+    assert core.activations == 2 * 20 * 32 + 20 * 4 * 2 * 3 * 3
+    linear = sum(layer.flops for layer in work.layers if not layer.sampled)
+    assert linear == 2 * 20 * 32 * (32 + 4 * 2 * 3 * 2 + 4 * 2 * 3 + 32)
+
+
+def test_model_is_counted_whole(monkeypatch):
+    cfg = get_mask2former_cfg(None, ["MODEL.DEVICE", "cpu"])
+    cfg.merge_from_file("configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml")
+    cfg.merge_from_list([*OPTS, "MODEL.WEIGHTS", ""])
+    model = MaskFormer(cfg).eval()
+    with torch.no_grad():
+        small = Workload.count(model.core, model, torch.zeros(1, 3, 64, 64))
+        large = Workload.count(model.core, model, torch.zeros(1, 3, 128, 128))
+    assert 3.5 < large.flops / small.flops < 4.5  # with the pixels, but for what queries do among themselves
+    assert [layer.sampled for layer in small.layers].count(True) == 1  # one encoder layer
+    stem = small.layers[0]
+    assert stem.flops == 2 * 32 * 32 * 16 * 3 * 49
+
+
+def test_floors():
+    layers = (Work("mm", 1000, 10, 100), Work("ms_deform_attn", 400, 300, 0, sampled=True))
+    work = Workload(layers, weights=100, images=50, results=30)
+    ceilings = Ceilings(bandwidth=1e3, flops={"fp16": 1e4, "fp32": 1e3})
+    one = work.columns(ceilings, "fp16", batch=1)
+    # 0.1 + 0.4 s of arithmetic; 2 * 100 + 80 bytes.
+    assert one["limit_ms"] == pytest.approx(500) and one["moved_mb"] == pytest.approx(280e-6, abs=1e-3)
+    # The product takes 220 bytes' time, sampling that of 600 bytes.
+    assert one["layers_ms"] == pytest.approx(820)
+    four = work.columns(ceilings, "fp16", batch=4)
+    assert four["limit_ms"] == pytest.approx(2000)
+    assert four["layers_ms"] == pytest.approx(max(400, (40 + 100) * 2) + 2400)
+    assert work.moved("fp32", 4) == 400 + 4 * 80
+
+
+# The release's pipe
+
+
+class _Bench:
+    configurations = ({"backend": "torch"},)
+
+    def install(self, index):
+        return {"installed": index}
+
+    def prepare(self, index, case, batch):
+        raise MeasureError("no memory", memory=True)
+
+
+def test_pipe_answers_calls_and_errors():
+    requests = "\n".join(
+        json.dumps({"call": call, "arguments": arguments})
+        for call, arguments in (("install", [3]), ("prepare", [0, 1, 2]), ("close", []))
+    )
+    answers = io.StringIO()
+    benchmark_release.serve(_Bench(), io.StringIO(requests), answers)
+    first, second, third, fourth = map(json.loads, answers.getvalue().splitlines())
+    assert first == {"result": [{"backend": "torch"}]}
+    assert second == {"result": {"installed": 3}}
+    assert third == {"error": "no memory", "memory": True}
+    assert "'close' is none of install" in fourth["error"]
+
+
+def test_release_that_dies_on_the_way_is_an_error(tmp_path):
+    script = tmp_path / "tool.py"
+    script.write_text("print('{\"result\": []}', flush=True); input(); raise SystemExit(7)")
+    bench = benchmark_release.RemoteBench(
+        str(script), argparse.Namespace(release="../R"), ["--size", "64x64"], "weights.pth"
+    )
+    for _ in range(2):
+        with pytest.raises(MeasureError, match=r"release in ../R ended with status 7"):
+            bench.install(0)
+    bench.close()
+
+
+def test_options_without_meaning_for_the_release_are_left_out():
+    words = ["--release", "../R", "--backend", "torch", "tensorrt", "--compile-mode", "default"]
+    words += ["--output=here", "--batch", "1", "2", "--", "A.B", "3"]
+    assert benchmark_release.without_ours(words) == ["--batch", "1", "2", "--", "A.B", "3"]
+
+
+def test_stand_in_for_panopticapi_gives_its_colours(monkeypatch):
+    for name in ("panopticapi", "panopticapi.utils"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    if stand_in_for_panopticapi():
+        monkeypatch.setitem(sys.modules, "panopticapi", sys.modules["panopticapi"])
+        monkeypatch.setitem(sys.modules, "panopticapi.utils", sys.modules["panopticapi.utils"])
+    from panopticapi.utils import id2rgb
+
+    ids = torch.tensor([[0, 255, 256], [65536, 70000, 1]], dtype=torch.int32).numpy()
+    assert (rgb_to_ids(id2rgb(ids)) == ids).all()
+
+
+# torch.compile
+
+
+def test_what_torch_compile_lacks_is_said(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(BackendError, match=r"no compiler: looked for g\+\+, clang\+\+, c\+\+"):
+        benchmark_compile.CompileBackend(nn.Identity(), "cpu")
+    monkeypatch.setattr(benchmark_compile.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match="Triton is not installed"):
+        benchmark_compile.CompileBackend(nn.Identity(), "cuda")
+
+
+def test_compiled_backend_runs_the_core(monkeypatch):
+    class Model(nn.Module):
+        def core(self, images):
+            return images * 2, images.sum((1, 2))
+
+    # Inductor's own work is PyTorch's to test, and takes a compiler: "eager" goes the same way through Dynamo.
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, mode, dynamic: compiled(f, backend="eager", dynamic=dynamic)
+    )
+    monkeypatch.setattr(benchmark_compile, "why_not", lambda device: "")
+    backend = benchmark_compile.CompileBackend(Model(), "cpu", "default")
+    for side in (3, 4):
+        images = torch.randn(1, side, side)
+        doubled, summed = backend(images)
+        assert torch.equal(doubled, images * 2) and torch.equal(summed, images.sum((1, 2)))
+    assert backend.describe()["backend"] == "compile"
+
+
+def test_image_is_smooth_and_the_same_each_time():
+    image = draw_image((48, 64))
+    assert image.shape == (48, 64, 3) and (image == draw_image((48, 64))).all()
