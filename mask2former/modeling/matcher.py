@@ -167,10 +167,12 @@ class HungarianMatcher(nn.Module):
 
 def _assign(cost: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     """Cost (T, Q) of the segments of all images -> images, queries, segments: (3, M) int64."""
-    parts = []
+    queries, segments = [], []
     start = 0
-    for image, count in enumerate(counts):
-        queries, slots = linear_sum_assignment(cost[start : start + count].T)
-        parts.append(np.stack((np.full_like(queries, image), queries, slots + start)))
+    for count in counts:
+        chosen, slots = linear_sum_assignment(cost[start : start + count].T)
+        queries.append(chosen)
+        segments.append(slots + start)
         start += count
-    return np.concatenate(parts, axis=1).astype(np.int64)
+    images = np.repeat(np.arange(len(counts)), [len(chosen) for chosen in queries])
+    return np.stack((images, np.concatenate(queries), np.concatenate(segments))).astype(np.int64)

@@ -44,20 +44,18 @@ def sample_masks(masks: Tensor, which: Tensor, points: Tensor) -> Tensor:
         (M, P) float32 in [0, 1].
     """
     height, width = masks.shape[-2:]
-    flat = masks.reshape(-1)
     x = points[..., 0] * width - 0.5  # (M, P), 0 at the centre of the first pixel
     y = points[..., 1] * height - 0.5
     left, top = x.floor(), y.floor()
-    right_share, bottom_share = x - left, y - top
-    left, top = left.long(), top.long()
-    offset = (which * (height * width))[:, None]
-    out = torch.zeros_like(x)
-    for row, row_share in ((top, 1 - bottom_share), (top + 1, bottom_share)):
-        for column, column_share in ((left, 1 - right_share), (left + 1, right_share)):
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = offset + row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-            out += (flat[index] & inside) * (row_share * column_share)
-    return out
+    x, y = x - left, y - top
+    # The four neighbours of all points at once, (2, 2, M, P): the kernels are many and small.
+    columns = torch.stack((left, left + 1)).long()  # (2, M, P)
+    rows = torch.stack((top, top + 1)).long()
+    row_shares = torch.stack((1 - y, y)) * ((rows >= 0) & (rows < height))
+    column_shares = torch.stack((1 - x, x)) * ((columns >= 0) & (columns < width))
+    rows = rows.clamp_(0, height - 1).add_((which * height)[:, None]).mul_(width)
+    index = rows[:, None] + columns.clamp_(0, width - 1)
+    return (masks.reshape(-1)[index] * row_shares[:, None] * column_shares).sum((0, 1))
 
 
 def uncertain_points(
