@@ -48,7 +48,9 @@ from measurements import (
     checkpoint_digest,
     command_line,
     config_name,
+    failure_reason,
     machine,
+    positive,
     read_rows,
     size_pair,
     today,
@@ -92,17 +94,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="MIN/MAX",
         help="INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST, such as 800/1333; default: the config's",
     )
-    parser.add_argument(
-        "--batch", nargs="+", type=_positive, default=[1], metavar="N", help="TEST.BATCH_SIZE"
-    )
+    parser.add_argument("--batch", nargs="+", type=positive, default=[1], metavar="N", help="TEST.BATCH_SIZE")
     parser.add_argument(
         "--compare",
-        type=_positive,
+        type=positive,
         default=16,
         metavar="N",
         help="images to compare tensors on (%(default)s)",
     )
-    parser.add_argument("--iterations", type=_positive, default=50, help="timed calls (%(default)s)")
+    parser.add_argument("--iterations", type=positive, default=50, help="timed calls (%(default)s)")
     parser.add_argument("--warmup", type=int, default=10, help="calls before them (%(default)s)")
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument("--output", default="results", metavar="DIR", help="for the CSV file (%(default)s)")
@@ -150,13 +150,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.markdown and not args.section:
         args.section = Path(args.config_file).stem
     return args
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
@@ -239,7 +232,7 @@ class Ledger:
             cfg = engine_cfg(self._cfg, self._sizes, self._args.batch) if backend == "tensorrt" else self._cfg
             built = use_backend(self._model, cfg, backend, precision)
         except RuntimeError as error:  # BackendError, and what CUDA and TensorRT raise
-            refused = _reason(error)
+            refused = failure_reason(error)
         done = []
         for columns, row in zip(wanted, rows):
             if row is None or row["status"] != "ok":
@@ -264,7 +257,7 @@ class Ledger:
             values.update(agreement_columns(self._model, images, precision, device))
             metrics = evaluate(cfg, self._model, precision)
         except RuntimeError as error:
-            return {"status": _reason(error)}
+            return {"status": failure_reason(error)}
         values.update(metrics, status="ok")
         reference = self._file.find({**columns, "backend": REFERENCE[0], "precision": REFERENCE[1]})
         if (
@@ -276,11 +269,6 @@ class Ledger:
                 if reference[column]:
                     values["d_" + column] = round(value - float(reference[column]), 4)
         return values
-
-
-def _reason(error: Exception) -> str:
-    kind = "" if isinstance(error, BackendError) else f"{type(error).__name__}: "
-    return f"failed: {kind}{' '.join(str(error).split())}"
 
 
 def _say(text: str) -> None:

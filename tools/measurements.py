@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from detectron2.utils.file_io import PathManager
 
+from mask2former.backend import BackendError
+
 REPO = Path(__file__).resolve().parent.parent
 MACHINE = ("gpu", "torch", "cuda", "tensorrt", "detectron2", "python")
 
@@ -77,6 +79,20 @@ def size_pair(text: str) -> tuple[int, int]:
             f"{text!r} is not MIN/MAX, two whole numbers of pixels of which the second is not the smaller, such as 800/1333"
         )
     return shortest, longest
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def failure_reason(error: Exception) -> str:
+    """The status of a measurement that an error kept from being made, in a line."""
+    kind = "" if isinstance(error, BackendError) else f"{type(error).__name__}: "
+    return f"failed: {kind}{' '.join(str(error).split())}"
 
 
 def number(value: float, digits: int = 6) -> float | str:

@@ -8,38 +8,20 @@ from pathlib import Path
 
 import ledger_markdown
 import pytest
-import torch
-from detectron2.modeling import build_model
 from ledger_evaluation import engine_cfg, metric_columns
 from measurements import MeasurementFile, read_rows, size_pair
 
 from mask2former import get_mask2former_cfg
-from mask2former.data.datasets.shapes import register_shapes
-from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
 from tests.d2_trt.backend_helpers import workshop as workshop
+from tests.tools.shapes_checkpoint import CONFIG, REPO, make_checkpoint, overrides
 
-REPO = Path(__file__).resolve().parents[2]
-CONFIG = "configs/shapes/maskformer2_mini_shapes.yaml"
 PREFIX = "ledgertest"
-OPTS = [
-    *("DATASETS.TEST", f"('{PREFIX}_val_panoptic',)", "DATASETS.TRAIN", f"('{PREFIX}_train_panoptic',)"),
-    *("DATALOADER.NUM_WORKERS", "0", "MODEL.MASK_FORMER.DEC_LAYERS", "2"),
-    *("MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", "1"),
-]
+OPTS = overrides(PREFIX)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """A checkpoint of the small model that predicts something, and the data set registered."""
-    folder = tmp_path_factory.mktemp("ledger")
-    make_shapes_dataset(folder / "shapes", ShapesOptions(train=1, val=3, seed=4, min_size=48, max_size=80))
-    register_shapes(str(folder / "shapes"), PREFIX)
-    torch.manual_seed(1)
-    model = build_model(get_mask2former_cfg(REPO / CONFIG, ["MODEL.DEVICE", "cpu", *OPTS]))
-    with torch.no_grad():
-        model.sem_seg_head.predictor.class_embed.weight.mul_(20)
-    torch.save({"model": model.state_dict()}, folder / "weights.pth")
-    return folder / "weights.pth"
+    return make_checkpoint(tmp_path_factory.mktemp("ledger"), PREFIX)
 
 
 @pytest.fixture(scope="module")
