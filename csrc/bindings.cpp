@@ -7,6 +7,7 @@ namespace py = pybind11;
 namespace d2_trt {
 void bind_attention(py::module_& module);
 void bind_ms_deform_attn(py::module_& module);
+void bind_normalization(py::module_& module);
 void bind_postprocess(py::module_& module);
 void bind_preprocess(py::module_& module);
 }  // namespace d2_trt
@@ -15,6 +16,7 @@ PYBIND11_MODULE(_kernels, module) {
     module.doc() = "CUDA kernels of d2_trt; see csrc/.";
     d2_trt::bind_attention(module);
     d2_trt::bind_ms_deform_attn(module);
+    d2_trt::bind_normalization(module);
     d2_trt::bind_postprocess(module);
     d2_trt::bind_preprocess(module);
 }

@@ -36,8 +36,10 @@ class Plugin:
 
 
 MSDA = Plugin("D2TRTMSDeformAttn", "1", "MSDA")
+LAYER_NORM = Plugin("D2TRTLayerNorm", "1", "NORMALIZATION")
+GROUP_NORM = Plugin("D2TRTGroupNorm", "1", "NORMALIZATION")
 # All that the library registers: csrc/trt_plugin/plugins.h has the same list.
-PLUGINS = (MSDA,)
+PLUGINS = (GROUP_NORM, LAYER_NORM, MSDA)
 # Keys below MODEL.TENSORRT that choose between our plugins and TensorRT's own means.
 OPTIONS = ("MSDA", "NORMALIZATION", "ATTENTION")
 

@@ -1,6 +1,8 @@
 // The plugins of the library. d2_trt/plugin.py has the same list.
 #pragma once
 
+#include "trt_plugin/group_norm_core.h"
+#include "trt_plugin/layer_norm_core.h"
 #include "trt_plugin/ms_deform_attn_core.h"
 
 namespace d2_trt::plugin {
@@ -8,6 +10,6 @@ namespace d2_trt::plugin {
 template <typename... Cores>
 struct PluginList {};
 
-using Plugins = PluginList<MsDeformAttnPlugin>;
+using Plugins = PluginList<GroupNormPlugin, LayerNormPlugin, MsDeformAttnPlugin>;
 
 }  // namespace d2_trt::plugin

@@ -84,6 +84,10 @@ class Graph:
             dtype
         ]
 
+    def torch_dtype(self, tensor) -> torch.dtype:
+        """The torch dtype of a floating network tensor."""
+        return next(dtype for dtype, kind in self._float_types.items() if kind == tensor.dtype)
+
     def is_float(self, tensor) -> bool:
         return tensor.dtype in self._float_types.values()
 

@@ -1,12 +1,98 @@
-"""Converters of LayerNorm and GroupNorm, and of what is fused with them."""
+"""Converters of LayerNorm and GroupNorm, and of what is fused with them: our plugins, or TensorRT's layers."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from .. import plugin
 from ..errors import ConversionError
 from .layers import affine
 from .registry import converts
+
+
+@converts("torch.nn.functional.layer_norm", "torch.layer_norm")
+def layer_norm(g, result, input, normalized_shape, weight=None, bias=None, eps=1e-5, *unused):
+    return _layer_norm(g, g.tensor(input), normalized_shape, weight, bias, eps)
+
+
+@converts("mask2former.modeling.fused_ops.residual_layer_norm")
+def residual_layer_norm(g, result, x, update, norm):
+    x, update = g.tensor(x), g.tensor(update)
+    if g.normalization == "plugin":
+        with g.inside(norm):
+            return _layer_norm(g, x, norm.normalized_shape, norm.weight, norm.bias, norm.eps, update)
+    total = g.elementwise("SUM", x, update)
+    with g.inside(norm):
+        return _layer_norm(g, total, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+@converts("torch.nn.functional.group_norm", "torch.group_norm")
+def group_norm(g, result, input, num_groups, weight=None, bias=None, eps=1e-5, *unused):
+    return _group_norm(g, g.tensor(input), num_groups, weight, bias, eps)
+
+
+@converts("mask2former.modeling.fused_ops.group_norm_relu")
+def group_norm_relu(g, result, x, norm):
+    fused = g.normalization == "plugin"
+    with g.inside(norm):
+        out = _group_norm(g, g.tensor(x), norm.num_groups, norm.weight, norm.bias, norm.eps, relu=fused)
+    return out if fused else g.emit(lambda t: g.network.add_activation(t, g.trt.ActivationType.RELU), out)
+
+
+def _layer_norm(g, x, normalized_shape, weight, bias, eps: float, residual=None):
+    if len(normalized_shape) != 1:
+        raise ConversionError(f"layer_norm over {len(normalized_shape)} dimensions has no converter")
+    rank, channels = len(x.shape), normalized_shape[0]
+    weight = torch.ones(channels) if weight is None else weight
+    bias = torch.zeros(channels) if bias is None else bias
+    if g.normalization == "plugin":
+        tensors = [x, g.constant(weight), g.constant(bias)]
+        types = {"x_type": g.torch_dtype(x), "residual_type": -1, "out_type": _out_type(g)}
+        if residual is not None:
+            tensors.append(residual)
+            types["residual_type"] = g.torch_dtype(residual)
+        fields = {**types, "epsilon": float(eps)}
+        return plugin.add_layer(g.network, plugin.LAYER_NORM, tensors, fields).get_output(0)
+    shape = (1,) * (rank - 1) + (channels,)
+    scale, shift = g.constant(weight.reshape(shape)), g.constant(bias.reshape(shape))
+    return _normalization(g, x, scale, shift, 1 << (rank - 1), eps)
+
+
+def _group_norm(g, x, groups: int, weight, bias, eps: float, relu: bool = False):
+    if g.normalization == "plugin":
+        return _group_norm_plugin(g, x, groups, weight, bias, eps, relu)
+    rank = len(x.shape)
+    axes = sum(1 << i for i in range(2, rank))
+    shape = (1, groups) + (1,) * (rank - 2)
+    scale, shift = g.constant(torch.ones(shape)), g.constant(torch.zeros(shape))
+    out = _normalization(g, x, scale, shift, axes, eps, groups=groups)
+    return affine(g, out, weight, bias, 1)
+
+
+def _group_norm_plugin(g, x, groups: int, weight, bias, eps: float, relu: bool):
+    channels, sizes = int(x.shape[1]), g.sizes(x)
+    weight = torch.ones(channels) if weight is None else weight
+    bias = torch.zeros(channels) if bias is None else bias
+    if len(sizes) != 4:  # the plugin takes maps; what a pixel is makes no difference
+        x = g.reshape(x, [*sizes[:2], functools.reduce(g.mul, sizes[2:], 1), 1])
+    fields = {
+        "x_type": g.torch_dtype(x),
+        "out_type": _out_type(g),
+        "channels": channels,
+        "groups": groups,
+        "relu": int(relu),
+        "epsilon": float(eps),
+    }
+    tensors = [x, g.constant(weight), g.constant(bias)]
+    out = plugin.add_layer(g.network, plugin.GROUP_NORM, tensors, fields).get_output(0)
+    return out if len(sizes) == 4 else g.reshape(out, sizes)
+
+
+def _out_type(g) -> torch.dtype:
+    """The plugins sum in float32 and take their inputs in the types that these have; the policy decides on the output's."""
+    return g.compute_dtype(g.current_module())
 
 
 def _normalization(g, x, scale, bias, axes: int, eps: float, groups: int = 1):
@@ -22,37 +108,3 @@ def _normalization(g, x, scale, bias, axes: int, eps: float, groups: int = 1):
         return layer
 
     return g.emit(add, x, scale, bias)
-
-
-@converts("torch.nn.functional.layer_norm", "torch.layer_norm")
-def layer_norm(g, result, input, normalized_shape, weight=None, bias=None, eps=1e-5, *unused):
-    return _layer_norm(g, g.tensor(input), normalized_shape, weight, bias, eps)
-
-
-@converts("mask2former.modeling.fused_ops.residual_layer_norm")
-def residual_layer_norm(g, result, x, update, norm):
-    total = g.elementwise("SUM", g.tensor(x), g.tensor(update))
-    with g.inside(norm):
-        return _layer_norm(g, total, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
-def _layer_norm(g, x, normalized_shape, weight, bias, eps: float):
-    if len(normalized_shape) != 1:
-        raise ConversionError(f"layer_norm over {len(normalized_shape)} dimensions has no converter")
-    rank, channels = len(x.shape), normalized_shape[0]
-    shape = (1,) * (rank - 1) + (channels,)
-    scale = torch.ones(shape) if weight is None else weight.reshape(shape)
-    shift = torch.zeros(shape) if bias is None else bias.reshape(shape)
-    return _normalization(g, x, g.constant(scale), g.constant(shift), 1 << (rank - 1), eps)
-
-
-@converts("torch.nn.functional.group_norm", "torch.group_norm")
-def group_norm(g, result, input, num_groups, weight=None, bias=None, eps=1e-5, *unused):
-    x = g.tensor(input)
-    rank = len(x.shape)
-    axes = sum(1 << i for i in range(2, rank))
-    shape = (1, num_groups) + (1,) * (rank - 2)
-    out = _normalization(
-        g, x, g.constant(torch.ones(shape)), g.constant(torch.zeros(shape)), axes, eps, groups=num_groups
-    )
-    return affine(g, out, weight, bias, 1)

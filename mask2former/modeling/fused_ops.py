@@ -7,8 +7,14 @@ place is seen. In PyTorch they are what their docstrings say, operation by opera
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def residual_layer_norm(x: Tensor, update: Tensor, norm: nn.LayerNorm) -> Tensor:
     """norm(x + update): (..., C) and (..., C) -> (..., C)."""
     return norm(x + update)
+
+
+def group_norm_relu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """relu(norm(x)): (B, C, H, W) -> (B, C, H, W)."""
+    return F.relu(norm(x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from torch.nn import functional as F
 
 from mask2former.modeling.pixel_decoder.ms_deform_attn_reference import ms_deform_attn_reference
 
@@ -73,4 +74,77 @@ class MsDeformAttn(OurPlugin):
         return ms_deform_attn_reference(value, offsets, logits, shapes)
 
 
-OUR_PLUGINS = {cls.NAME: cls for cls in (MsDeformAttn,)}
+class LayerNorm(OurPlugin):
+    """Inputs: x (..., C), weight (C), bias (C), and a residual of x's shape where residual_type is not -1."""
+
+    NAME = "D2TRTLayerNorm"
+    FIELDS: ClassVar = {"x_type": int, "residual_type": int, "out_type": int, "epsilon": float}
+
+    @property
+    def _added(self) -> bool:
+        return self.fields["residual_type"] != -1
+
+    def possible(self):
+        types = ["x_type", "out_type"] + ["residual_type"] * self._added
+        return self._is_type(*types) and self.fields["epsilon"] >= 0
+
+    def input_types(self):
+        types = [TYPE_NAMES[self.fields["x_type"]], "FLOAT", "FLOAT"]
+        return [*types, TYPE_NAMES[self.fields["residual_type"]]] if self._added else types
+
+    def output_types(self):
+        return [TYPE_NAMES[self.fields["out_type"]]]
+
+    def compute(self, x, weight, bias, residual=None):
+        channels = x.shape[-1] if x.dim() else 0
+        if weight.shape != (channels,) or bias.shape != (channels,):
+            raise Refused(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} for x {tuple(x.shape)}")
+        if residual is not None:
+            if residual.shape != x.shape:
+                raise Refused(f"a residual {tuple(residual.shape)} for x {tuple(x.shape)}")
+            x = x + residual
+        return F.layer_norm(x, (channels,), weight, bias, self.fields["epsilon"])
+
+
+class GroupNorm(OurPlugin):
+    """Inputs: x (B, C, H, W), weight (C), bias (C)."""
+
+    NAME = "D2TRTGroupNorm"
+    FIELDS: ClassVar = {
+        "x_type": int,
+        "out_type": int,
+        "channels": int,
+        "groups": int,
+        "relu": int,
+        "epsilon": float,
+    }
+
+    def possible(self):
+        channels, groups = self.fields["channels"], self.fields["groups"]
+        return (
+            self._is_type("x_type", "out_type")
+            and 1 <= groups <= channels
+            and channels % groups == 0
+            and self.fields["relu"] in (0, 1)
+            and self.fields["epsilon"] >= 0
+        )
+
+    def input_types(self):
+        return [TYPE_NAMES[self.fields["x_type"]], "FLOAT", "FLOAT"]
+
+    def output_types(self):
+        return [TYPE_NAMES[self.fields["out_type"]]]
+
+    def compute(self, x, weight, bias):
+        channels = self.fields["channels"]
+        if [t.dim() for t in (x, weight, bias)] != [4, 1, 1]:
+            raise Refused("ranks must be 4, 1, 1")
+        if not x.shape[1] == len(weight) == len(bias) == channels:
+            raise Refused(
+                f"x {tuple(x.shape)}, {len(weight)} weights, {len(bias)} biases; made for {channels}"
+            )
+        out = F.group_norm(x, self.fields["groups"], weight, bias, self.fields["epsilon"])
+        return out.relu() if self.fields["relu"] else out
+
+
+OUR_PLUGINS = {cls.NAME: cls for cls in (GroupNorm, LayerNorm, MsDeformAttn)}

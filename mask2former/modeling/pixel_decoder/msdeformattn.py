@@ -102,6 +102,17 @@ class MSDeformAttnTransformerEncoderOnly(nn.Module):
         return shape_ops.split_levels(memory, spatial_shapes)
 
 
+class ConvNormReLU(Conv2d):
+    """detectron2's Conv2d with a ReLU after its norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D, H, W)."""
+        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if isinstance(self.norm, nn.GroupNorm):
+            return fused_ops.group_norm_relu(x, self.norm)
+        return F.relu(x if self.norm is None else self.norm(x))
+
+
 @SEM_SEG_HEADS_REGISTRY.register()
 class MSDeformAttnPixelDecoder(nn.Module):
     """Backbone features -> stride-4 mask features and three encoded levels.
@@ -168,14 +179,8 @@ class MSDeformAttnPixelDecoder(nn.Module):
             lateral = Conv2d(
                 shape.channels, conv_dim, kernel_size=1, bias=norm == "", norm=get_norm(norm, conv_dim)
             )
-            output = Conv2d(
-                conv_dim,
-                conv_dim,
-                kernel_size=3,
-                padding=1,
-                bias=norm == "",
-                norm=get_norm(norm, conv_dim),
-                activation=F.relu,
+            output = ConvNormReLU(
+                conv_dim, conv_dim, kernel_size=3, padding=1, bias=norm == "", norm=get_norm(norm, conv_dim)
             )
             weight_init.c2_xavier_fill(lateral)
             weight_init.c2_xavier_fill(output)

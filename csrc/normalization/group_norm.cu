@@ -1,0 +1,329 @@
+// GroupNorm in three launches: moments of slices of each group, their union, and the normalised map. Moments are count, mean
+// and sum of squared differences from it, merged as Chan et al. (1979) do: a large mean costs no digits.
+#include <algorithm>
+
+#include "normalization/elements.cuh"
+#include "normalization/normalization.h"
+
+namespace d2_trt {
+namespace {
+
+using namespace norm;
+
+constexpr int kThreads = 256;
+constexpr int kAhead = 4;  // loads that a thread has under way
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr std::int64_t kMostSlices = 1024;
+constexpr std::int64_t kMostChannelsLast = kWide * kThreads;
+
+struct Moments {
+    float count, mean, squares;
+};
+
+struct Arguments {
+    GroupNormTensors t;
+    std::int64_t pixels;
+    std::int64_t slice;  // of a group for one block: chunks of kWide elements, or pixels where channels are last
+    int channels, groups;
+    int slices;
+    int relu;
+    float epsilon;
+    Moments* partial;  // (batch * groups, slices)
+    float2* stats;     // (batch * groups): mean, 1 / standard deviation
+};
+
+__device__ inline Moments merged(Moments const& a, Moments const& b) {
+    if (a.count == 0.0F) return b;
+    if (b.count == 0.0F) return a;
+    float const count = a.count + b.count;
+    float const delta = b.mean - a.mean, share = b.count / count;
+    return {count, fmaf(delta, share, a.mean), a.squares + b.squares + delta * delta * a.count * share};
+}
+
+// Moments of the first `count` of eight values.
+__device__ inline Moments moments_of(float const (&v)[kWide], int count) {
+    float sum = 0.0F, squares = 0.0F;
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) sum += i < count ? v[i] - v[0] : 0.0F;
+    float const mean = sum / static_cast<float>(count);
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) {
+        float const difference = i < count ? v[i] - v[0] - mean : 0.0F;
+        squares = fmaf(difference, difference, squares);
+    }
+    return {static_cast<float>(count), v[0] + mean, squares};
+}
+
+__device__ inline Moments merged_over_warp(Moments m) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+        Moments const other{
+            __shfl_down_sync(kAllLanes, m.count, offset), __shfl_down_sync(kAllLanes, m.mean, offset),
+            __shfl_down_sync(kAllLanes, m.squares, offset)};
+        m = merged(m, other);
+    }
+    return m;  // in lane 0
+}
+
+// A group is contiguous: channels / groups planes. A block takes one of its slices.
+template <bool kVector>
+__global__ void __launch_bounds__(kThreads) moments_planar(Arguments const a) {
+    __shared__ Moments parts[kThreads / 32];
+    std::int64_t const group = blockIdx.x / a.slices;
+    std::int64_t const elements = a.channels / a.groups * a.pixels;
+    std::int64_t const base = group * elements;
+    std::int64_t const begin = blockIdx.x % a.slices * a.slice;
+    std::int64_t const end = min(begin + a.slice, (elements + kWide - 1) / kWide);
+    Moments m{0.0F, 0.0F, 0.0F};
+    for (std::int64_t chunk = begin + threadIdx.x; chunk < end; chunk += kThreads * kAhead) {
+        float v[kWide];
+        if constexpr (kVector) {
+            Raw raw[kAhead];
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                std::int64_t const at = chunk + i * kThreads;
+                if (at < end) raw[i] = load_raw(a.t.x, base + at * kWide, a.t.x_type);
+            }
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                if (chunk + i * kThreads >= end) break;
+                to_floats(raw[i], a.t.x_type, v);
+                m = merged(m, moments_of(v, kWide));
+            }
+        } else {
+            for (std::int64_t at = chunk; at < min(end, chunk + kThreads * kAhead); at += kThreads) {
+                int const count = static_cast<int>(min(std::int64_t{kWide}, elements - at * kWide));
+                load_some(a.t.x, base + at * kWide, count, a.t.x_type, v);
+                m = merged(m, moments_of(v, count));
+            }
+        }
+    }
+    m = merged_over_warp(m);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = m;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int i = 1; i < kThreads / 32; ++i) m = merged(m, parts[i]);
+        a.partial[blockIdx.x] = m;
+    }
+}
+
+// Threads are (rows, channels / kWide): a thread keeps its channels and goes over pixels.
+__global__ void __launch_bounds__(kThreads) moments_channels_last(Arguments const a) {
+    extern __shared__ Moments moments[];
+    int const columns = a.channels / kWide;
+    int const rows = blockDim.x / columns;
+    int const column = threadIdx.x % columns;
+    std::int64_t const image = blockIdx.x / a.slices;
+    std::int64_t const base = image * a.pixels * a.channels + column * kWide;
+    std::int64_t const begin = blockIdx.x % a.slices * a.slice;
+    std::int64_t const end = min(begin + a.slice, a.pixels);
+    Moments m{0.0F, 0.0F, 0.0F};
+    for (std::int64_t pixel = begin + threadIdx.x / columns; pixel < end; pixel += rows * kAhead) {
+        Raw raw[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (pixel + i * rows < end) raw[i] = load_raw(a.t.x, base + (pixel + i * rows) * a.channels, a.t.x_type);
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (pixel + i * rows >= end) break;
+            float v[kWide];
+            to_floats(raw[i], a.t.x_type, v);
+            m = merged(m, moments_of(v, kWide));
+        }
+    }
+    moments[threadIdx.x] = m;
+    __syncthreads();
+    int const per_group = columns / a.groups;
+    for (int group = threadIdx.x; group < a.groups; group += blockDim.x) {
+        Moments total{0.0F, 0.0F, 0.0F};
+        for (int row = 0; row < rows; ++row) {
+            for (int i = 0; i < per_group; ++i) {
+                total = merged(total, moments[row * columns + group * per_group + i]);
+            }
+        }
+        a.partial[(image * a.groups + group) * a.slices + blockIdx.x % a.slices] = total;
+    }
+}
+
+// A warp for each group of each image.
+__global__ void __launch_bounds__(32) merge_moments(Arguments const a) {
+    Moments m{0.0F, 0.0F, 0.0F};
+    for (int i = threadIdx.x; i < a.slices; i += 32) {
+        m = merged(m, a.partial[static_cast<std::int64_t>(blockIdx.x) * a.slices + i]);
+    }
+    m = merged_over_warp(m);
+    if (threadIdx.x == 0) a.stats[blockIdx.x] = make_float2(m.mean, rsqrtf(m.squares / m.count + a.epsilon));
+}
+
+__device__ inline float activated(float v, int relu) { return relu && v < 0.0F ? 0.0F : v; }  // NaN stays
+
+// A block takes part of a plane.
+template <bool kVector>
+__global__ void __launch_bounds__(kThreads) normalize_planar(Arguments const a, int const parts) {
+    std::int64_t const plane = blockIdx.x / parts;
+    int const channel = static_cast<int>(plane % a.channels);
+    float2 const stats = a.stats[plane / a.channels * a.groups + channel / (a.channels / a.groups)];
+    float const scale = stats.y * a.t.weight[channel], shift = a.t.bias[channel];
+    std::int64_t const base = plane * a.pixels;
+    std::int64_t const chunks = (a.pixels + kWide - 1) / kWide;
+    std::int64_t const first = static_cast<std::int64_t>(blockIdx.x % parts) * kThreads * kAhead + threadIdx.x;
+    Raw raw[kAhead];
+    if constexpr (kVector) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            std::int64_t const at = first + i * kThreads;
+            if (at < chunks) raw[i] = load_raw(a.t.x, base + at * kWide, a.t.x_type);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+        std::int64_t const at = first + i * kThreads;
+        if (at >= chunks) break;
+        int const count = static_cast<int>(min(std::int64_t{kWide}, a.pixels - at * kWide));
+        float v[kWide];
+        if constexpr (kVector) {
+            to_floats(raw[i], a.t.x_type, v);
+        } else {
+            load_some(a.t.x, base + at * kWide, count, a.t.x_type, v);
+        }
+#pragma unroll
+        for (int j = 0; j < kWide; ++j) v[j] = activated(fmaf(v[j] - stats.x, scale, shift), a.relu);
+        if constexpr (kVector) {
+            store_wide(a.t.out, base + at * kWide, a.t.out_type, v);
+        } else {
+            store_some(a.t.out, base + at * kWide, count, a.t.out_type, v);
+        }
+    }
+}
+
+__global__ void __launch_bounds__(kThreads) normalize_channels_last(Arguments const a) {
+    int const columns = a.channels / kWide;
+    int const rows = blockDim.x / columns;
+    int const channel = threadIdx.x % columns * kWide;
+    std::int64_t const image = blockIdx.x / a.slices;
+    float2 const stats = a.stats[image * a.groups + channel / (a.channels / a.groups)];
+    float scale[kWide], shift[kWide];
+    to_floats(load_raw(a.t.weight, channel, DType::kFloat32), DType::kFloat32, scale);
+    to_floats(load_raw(a.t.bias, channel, DType::kFloat32), DType::kFloat32, shift);
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) scale[i] *= stats.y;
+    std::int64_t const base = image * a.pixels * a.channels + channel;
+    std::int64_t const begin = blockIdx.x % a.slices * a.slice;
+    std::int64_t const end = min(begin + a.slice, a.pixels);
+    for (std::int64_t pixel = begin + threadIdx.x / columns; pixel < end; pixel += rows * kAhead) {
+        Raw raw[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (pixel + i * rows < end) raw[i] = load_raw(a.t.x, base + (pixel + i * rows) * a.channels, a.t.x_type);
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (pixel + i * rows >= end) break;
+            float v[kWide];
+            to_floats(raw[i], a.t.x_type, v);
+#pragma unroll
+            for (int j = 0; j < kWide; ++j) v[j] = activated(fmaf(v[j] - stats.x, scale[j], shift[j]), a.relu);
+            store_wide(a.t.out, base + (pixel + i * rows) * a.channels, a.t.out_type, v);
+        }
+    }
+}
+
+struct Plan {
+    std::int64_t slices;
+    std::int64_t slice;
+    int threads;
+};
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Slices grow with the map alone, so that a workspace for the largest map and batch suffices for all.
+Plan plan_for(GroupNormSizes const& s, MapLayout layout) {
+    if (layout == MapLayout::kPlanar) {
+        std::int64_t const chunks = ceil_div(s.channels / s.groups * s.pixels, kWide);
+        std::int64_t const slices = std::clamp<std::int64_t>(ceil_div(chunks, kThreads * kAhead), 1, kMostSlices);
+        return {slices, ceil_div(chunks, slices), kThreads};
+    }
+    int const columns = static_cast<int>(s.channels / kWide);
+    int const rows = kThreads / columns;
+    std::int64_t const slices = std::clamp<std::int64_t>(ceil_div(s.pixels, rows * kAhead * 4), 1, kMostSlices);
+    return {slices, ceil_div(s.pixels, slices), rows * columns};
+}
+
+void check(GroupNormSizes const& s, MapLayout layout) {
+    require(
+        s.groups >= 1 && s.channels >= s.groups && s.channels % s.groups == 0 && s.channels <= 1 << 20, "group_norm: ",
+        s.channels, " channels in ", s.groups, " groups; expected a multiple of the groups, at most 2^20");
+    require(
+        s.batch >= 0 && s.pixels >= 0 && s.batch <= 1 << 20 && s.pixels <= std::int64_t{1} << 32, "group_norm: ", s.batch,
+        " images of ", s.pixels, " pixels; expected up to 2^20 and 2^32");
+    if (layout == MapLayout::kChannelsLast) {
+        require(
+            group_norm_takes_channels_last(s.channels, s.groups), "group_norm: ", s.channels, " channels in ",
+            s.groups, " groups; with channels last, expected groups of a multiple of ", kWide, " channels, at most ",
+            kMostChannelsLast, " together");
+    }
+}
+
+}  // namespace
+
+bool group_norm_takes_channels_last(std::int64_t channels, std::int64_t groups) {
+    return channels / groups % kWide == 0 && channels <= kMostChannelsLast;
+}
+
+std::size_t group_norm_workspace(GroupNormSizes const& sizes, MapLayout layout) {
+    check(sizes, layout);
+    std::size_t const groups = static_cast<std::size_t>(sizes.batch * sizes.groups);
+    return groups * (sizeof(float2) + static_cast<std::size_t>(plan_for(sizes, layout).slices) * sizeof(Moments));
+}
+
+void group_norm(GroupNormTensors const& t, GroupNormSizes const& sizes, float epsilon, bool relu, cudaStream_t stream) {
+    check(sizes, t.layout);
+    require(epsilon >= 0.0F, "group_norm: epsilon is ", epsilon, "; expected at least 0");
+    if (sizes.batch == 0 || sizes.pixels == 0) return;
+    bool const last = t.layout == MapLayout::kChannelsLast;
+    require_aligned(reinterpret_cast<std::uintptr_t>(t.x), last ? 16 : size_of(t.x_type), "group_norm: x");
+    require_aligned(reinterpret_cast<std::uintptr_t>(t.out), last ? 16 : size_of(t.out_type), "group_norm: out");
+    require_aligned(reinterpret_cast<std::uintptr_t>(t.weight), last ? 16 : 4, "group_norm: weight");
+    require_aligned(reinterpret_cast<std::uintptr_t>(t.bias), last ? 16 : 4, "group_norm: bias");
+    require_aligned(reinterpret_cast<std::uintptr_t>(t.workspace), 16, "group_norm: workspace");
+    Plan const plan = plan_for(sizes, t.layout);
+    std::int64_t const groups = sizes.batch * sizes.groups;
+    Arguments a{};
+    a.t = t;
+    a.pixels = sizes.pixels;
+    a.slice = plan.slice;
+    a.slices = static_cast<int>(plan.slices);
+    a.channels = static_cast<int>(sizes.channels);
+    a.groups = static_cast<int>(sizes.groups);
+    a.relu = relu;
+    a.epsilon = epsilon;
+    a.stats = static_cast<float2*>(t.workspace);
+    a.partial = reinterpret_cast<Moments*>(a.stats + groups);
+
+    std::int64_t const parts = ceil_div(ceil_div(sizes.pixels, kWide), kThreads * kAhead);
+    std::int64_t const blocks = last ? sizes.batch * plan.slices : groups * plan.slices;
+    std::int64_t const planes = sizes.batch * sizes.channels * parts;
+    require(std::max(blocks, planes) <= INT32_MAX, "group_norm: the map needs more than ", INT32_MAX, " blocks");
+    // Sixteen bytes at a time where every plane starts at a multiple of them.
+    bool const vector = sizes.pixels % kWide == 0 && aligned_to_16(t.x, t.out);
+    unsigned const grid = static_cast<unsigned>(blocks);
+    if (last) {
+        moments_channels_last<<<grid, plan.threads, plan.threads * sizeof(Moments), stream>>>(a);
+    } else if (vector) {
+        moments_planar<true><<<grid, kThreads, 0, stream>>>(a);
+    } else {
+        moments_planar<false><<<grid, kThreads, 0, stream>>>(a);
+    }
+    merge_moments<<<static_cast<unsigned>(groups), 32, 0, stream>>>(a);
+    if (last) {
+        normalize_channels_last<<<grid, plan.threads, 0, stream>>>(a);
+    } else if (vector) {
+        normalize_planar<true><<<static_cast<unsigned>(planes), kThreads, 0, stream>>>(a, static_cast<int>(parts));
+    } else {
+        normalize_planar<false><<<static_cast<unsigned>(planes), kThreads, 0, stream>>>(a, static_cast<int>(parts));
+    }
+    check_cuda(cudaGetLastError(), "group_norm");
+}
+
+}  // namespace d2_trt

@@ -1,0 +1,144 @@
+"""LayerNorm and GroupNorm by the kernels of csrc/normalization: what engines run, for tests and for inference in PyTorch.
+
+Not differentiable; the model itself uses PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """LayerNorm over the last dimension of x + residual; the sum and the statistics in float32.
+
+    Args:
+        x: (..., C), of DTYPES, on a GPU.
+        weight, bias: (C,) float32.
+        residual: of x's shape and any of DTYPES, or None.
+        out_dtype: by default x's.
+
+    Returns:
+        (..., C), contiguous.
+
+    Raises:
+        KernelsMissing: the kernels are not built.
+        ValueError: shapes, dtypes or devices do not go together.
+    """
+    channels = x.shape[-1] if x.dim() else 0
+    _check("layer_norm", x, weight, bias, channels)
+    if residual is not None:
+        _check_tensor("layer_norm: residual", residual, x.device, DTYPES)
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"layer_norm: residual is {tuple(residual.shape)}; expected {tuple(x.shape)}, as x"
+            )
+        residual = residual.contiguous()
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    out = torch.empty_like(x, dtype=_out_dtype("layer_norm", out_dtype or x.dtype))
+    with torch.cuda.device(x.device):
+        kernels.load().layer_norm(
+            x.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            weight.data_ptr(),
+            bias.data_ptr(),
+            out.data_ptr(),
+            x_dtype=kernels.dtype_name(x),
+            residual_dtype=kernels.dtype_name(x if residual is None else residual),
+            out_dtype=kernels.dtype_name(out),
+            rows=x.numel() // channels,
+            channels=channels,
+            epsilon=eps,
+            stream=kernels.stream_of(x),
+        )
+    return out
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    relu: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """GroupNorm of a map, then ReLU where `relu`; the statistics in float32.
+
+    Args:
+        x: (B, C, H, W), of DTYPES, on a GPU; contiguous or channels_last, else it is made contiguous.
+        weight, bias: (C,) float32.
+        out_dtype: by default x's.
+
+    Returns:
+        (B, C, H, W) in x's memory format.
+
+    Raises:
+        KernelsMissing: the kernels are not built.
+        ValueError: shapes, dtypes or devices do not go together, or channels_last has no kernel for these groups.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"group_norm: x has {x.dim()} dimensions; expected (B, C, H, W)")
+    batch, channels, height, width = x.shape
+    _check("group_norm", x, weight, bias, channels)
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    x = x if last else x.contiguous()
+    weight, bias = weight.contiguous(), bias.contiguous()
+    out = torch.empty_like(x, dtype=_out_dtype("group_norm", out_dtype or x.dtype))
+    sizes = {"batch": batch, "channels": channels, "pixels": height * width, "groups": num_groups}
+    sizes["channels_last"] = last
+    with torch.cuda.device(x.device):
+        module = kernels.load()
+        workspace = torch.empty(
+            max(1, module.group_norm_workspace(**sizes)), dtype=torch.uint8, device=x.device
+        )
+        module.group_norm(
+            x.data_ptr(),
+            weight.data_ptr(),
+            bias.data_ptr(),
+            out.data_ptr(),
+            workspace.data_ptr(),
+            x_dtype=kernels.dtype_name(x),
+            out_dtype=kernels.dtype_name(out),
+            epsilon=eps,
+            relu=relu,
+            stream=kernels.stream_of(x),
+            **sizes,
+        )
+    return out
+
+
+def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor, channels: int) -> None:
+    if not x.is_cuda:
+        raise ValueError(f"{name}: x is on {x.device}; expected a GPU")
+    _check_tensor(f"{name}: x", x, x.device, DTYPES)
+    if channels < 1:
+        raise ValueError(f"{name}: x is {tuple(x.shape)}; expected at least one channel")
+    for what, tensor in (("weight", weight), ("bias", bias)):
+        _check_tensor(f"{name}: {what}", tensor, x.device, (torch.float32,))
+        if tensor.shape != (channels,):
+            raise ValueError(f"{name}: {what} is {tuple(tensor.shape)}; expected ({channels},), x's channels")
+
+
+def _check_tensor(name: str, tensor: Tensor, device: torch.device, dtypes: tuple) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; expected {device}, as x")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} is {tensor.dtype}; expected {', '.join(map(str, dtypes))}")
+
+
+def _out_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise ValueError(f"{name}: out_dtype is {dtype}; expected {', '.join(map(str, DTYPES))}")
+    return dtype

@@ -1,0 +1,232 @@
+"""LayerNorm, GroupNorm and what is fused with them: what the converters make of them, and real engines with our plugins.
+
+On a CPU the network is the double of tests/doubles, for each version of TensorRT's bindings; tests marked `tensorrt` need
+the library of csrc/trt_plugin, built for the TensorRT in use.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from d2_trt import builder, compat, plugin
+from d2_trt.builder import BuildSpec
+from mask2former.modeling import fused_ops
+from tests.d2_trt.test_conversion import DYNAMIC, OTHERS, STATIC, TRACED, Wrapped, random_images, trace
+from tests.d2_trt.test_plugin import plugin_layers, real, registered  # noqa: F401
+from tests.doubles.fake_tensorrt import build_network
+from tests.doubles.fixtures import trt_double as trt  # noqa: F401
+from tests.doubles.trt_api import Refused
+from tests.golden import relative_error
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+class Norms(nn.Module):
+    """A map and its pixels through every normalisation, with the calls that the model has."""
+
+    def __init__(self, channels: int = 16, groups: int = 2, stride: int = 8):
+        super().__init__()
+        self.conv = nn.Conv2d(3, channels, 3, stride, padding=1)
+        self.group = nn.GroupNorm(groups, channels)
+        self.lateral = nn.Conv2d(channels, channels, 1)
+        self.plain_group = nn.GroupNorm(groups, channels)
+        self.linear = nn.Linear(channels, channels)
+        self.norm = nn.LayerNorm(channels)
+        self.plain_norm = nn.LayerNorm(channels)
+        rng = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -0.5, 0.5, generator=rng)
+
+    def forward(self, images):
+        x = fused_ops.group_norm_relu(self.conv(images / 255), self.group)
+        x = self.plain_group(self.lateral(x))
+        pixels = self.plain_norm(x.flatten(2).transpose(1, 2))
+        return fused_ops.residual_layer_norm(pixels, self.linear(pixels), self.norm), x
+
+    core = forward  # as MaskFormer has it
+
+
+def by_module(network) -> dict:
+    return {layer.name.split(":")[0]: layer for layer in plugin_layers(network)}
+
+
+@pytest.mark.parametrize("shapes", [DYNAMIC, STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize("normalization", ["plugin", "native"])
+def test_network_equals_pytorch(registered, shapes, normalization, monkeypatch):  # noqa: F811
+    model = Norms()
+    network = trace(registered, model, BuildSpec(**shapes, normalization=normalization), monkeypatch)
+    for shape in (TRACED, *OTHERS) if shapes is DYNAMIC else (TRACED,):
+        images = random_images(shape)
+        actual = network.evaluate({"images": images})
+        for out, expected in zip(actual.values(), model(images)):
+            assert out.shape == expected.shape and relative_error(out, expected) < 1e-5, shape
+
+
+def test_plugins_take_the_place_of_layers_and_of_what_is_fused(registered, monkeypatch):  # noqa: F811
+    network = trace(registered, Norms(), BuildSpec(**STATIC, normalization="plugin"), monkeypatch)
+    assert set(by_module(network)) == {"group", "plain_group", "norm", "plain_norm"}
+    kinds = {row["kind"] for row in network.precisions()}
+    assert not {"NORMALIZATION", "ACTIVATION"} & kinds
+    # One division by 255, and the bias of the linear layer: no residual sum, no affine.
+    assert [row["kind"] for row in network.precisions()].count("ELEMENTWISE") == 2
+    native = trace(registered, Norms(), BuildSpec(**STATIC), monkeypatch)
+    assert not plugin_layers(native)
+    assert [row["kind"] for row in native.precisions()].count("NORMALIZATION") == 4
+
+
+@pytest.mark.parametrize(
+    ("precision", "pinned", "types"),
+    [
+        ("fp32", (), {"group": "FF", "norm": "FFF", "plain_norm": "FF"}),
+        ("fp16", (), {"group": "HH", "norm": "HHH", "plain_norm": "HH"}),
+        ("fp16", ("norm",), {"group": "HH", "norm": "HHF", "plain_norm": "HH"}),
+        ("fp16", ("linear",), {"group": "HH", "norm": "HFH"}),
+        ("fp16", ("plain_*",), {"plain_group": "HF", "plain_norm": "FF", "norm": "FHH"}),
+        ("bf16", ("conv",), {"group": "FB", "norm": "BBB"}),
+    ],
+)
+def test_plugins_take_tensors_as_they_come_and_give_what_the_policy_says(
+    registered,  # noqa: F811
+    precision,
+    pinned,
+    types,
+    monkeypatch,
+):
+    """types: of x, of the residual where there is one, and of the output."""
+    if precision == "bf16" and not compat.strongly_typed():
+        pytest.skip("bfloat16 needs TensorRT 10")
+    spec = BuildSpec(**STATIC, normalization="plugin", precision=precision, fp32_modules=pinned)
+    model = Norms()
+    network = trace(registered, model, spec, monkeypatch)
+    for name, wanted in types.items():
+        layer = by_module(network)[name]
+        inputs = [layer.get_input(i) for i in range(layer.num_inputs) if i not in (1, 2)]
+        assert all(layer.get_input(i).dtype.name == "FLOAT" for i in (1, 2))
+        given = [tensor.dtype.name[0] for tensor in (*inputs, layer.get_output(0))]
+        assert "".join(given) == wanted, name
+    # No casts in front of the plugins.
+    casts = [row["name"].split(":")[0] for row in network.precisions() if row["kind"] == "CAST"]
+    assert not set(casts) & set(by_module(network))
+    images = random_images(TRACED)
+    for out, expected in zip(network.evaluate({"images": images}).values(), model(images)):
+        assert relative_error(out, expected) < {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}[precision]
+
+
+VARIANTS = {
+    "layer norm without weights": lambda x: F.layer_norm(x.transpose(1, 3), (3,)),
+    "layer norm of one weight": lambda x: F.layer_norm(x.transpose(1, 3), (3,), torch.arange(3.0), None, 0.1),
+    "group norm without weights": lambda x: F.group_norm(x, 3),
+    "group norm of three dimensions": lambda x: F.group_norm(x.flatten(2), 3, torch.arange(3.0), None, 10.0),
+    "group norm of five dimensions": lambda x: F.group_norm(x[:, :, :, :, None], 1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("shapes", [DYNAMIC, STATIC], ids=["dynamic", "static"])
+def test_variants_by_the_plugins(registered, name, shapes, monkeypatch):  # noqa: F811
+    function = VARIANTS[name]
+    network = trace(registered, Wrapped(function), BuildSpec(**shapes, normalization="plugin"), monkeypatch)
+    assert len(plugin_layers(network)) == 1
+    for shape in (TRACED, *OTHERS) if shapes is DYNAMIC else (TRACED,):
+        images = random_images(shape)
+        actual = network.evaluate({"images": images})["pred_masks"]
+        torch.testing.assert_close(actual, function(images), rtol=1e-4, atol=1e-4)
+
+
+# What the plugins refuse
+
+LAYER = {"x_type": F32, "residual_type": -1, "out_type": F32, "epsilon": 1e-5}
+GROUP = {"x_type": F32, "out_type": F32, "channels": 8, "groups": 2, "relu": 0, "epsilon": 1e-5}
+
+
+def network_of(trt, kind, fields, *shapes):  # noqa: F811
+    network = build_network(trt)
+    inputs = [network.add_input(f"input{i}", trt.float32, shape) for i, shape in enumerate(shapes)]
+    network.mark_output(plugin.add_layer(network, kind, inputs, fields).get_output(0))
+    return network
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "shapes"),
+    [
+        (plugin.LAYER_NORM, LAYER, [(2, 8), (7,), (8,)]),
+        (plugin.LAYER_NORM, LAYER, [(2, 8), (8,)]),
+        (plugin.LAYER_NORM, LAYER, [(2, 8), (8,), (8,), (2, 8)]),
+        (plugin.LAYER_NORM, {**LAYER, "residual_type": F32}, [(2, 8), (8,), (8,), (1, 8)]),
+        (plugin.GROUP_NORM, GROUP, [(2, 8, 3), (8,), (8,)]),
+        (plugin.GROUP_NORM, GROUP, [(2, 12, 3, 3), (12,), (12,)]),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(registered, kind, fields, shapes):  # noqa: F811
+    with pytest.raises(Refused):
+        network_of(registered, kind, fields, *shapes).check()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (plugin.LAYER_NORM, {**LAYER, "residual_type": 3}),
+        (plugin.LAYER_NORM, {**LAYER, "epsilon": -1.0}),
+        (plugin.GROUP_NORM, {**GROUP, "groups": 3}),
+        (plugin.GROUP_NORM, {**GROUP, "relu": 2}),
+        (plugin.GROUP_NORM, {**GROUP, "groups": 0}),
+    ],
+)
+def test_fields_that_are_not_allowed(registered, kind, fields):  # noqa: F811
+    with pytest.raises(ValueError, match=f"{kind.name} is not to be had with x_type torch.float32"):
+        network_of(registered, kind, fields, (2, 8), (8,), (8,))
+
+
+def test_bfloat16_needs_tensorrt_10(registered):  # noqa: F811
+    fields = {**LAYER, "out_type": BF16}
+    if compat.strongly_typed():
+        network_of(registered, plugin.LAYER_NORM, fields, (2, 8), (8,), (8,)).check()
+    else:
+        with pytest.raises(ValueError, match=r"out_type torch\.bfloat16"):
+            network_of(registered, plugin.LAYER_NORM, fields, (2, 8), (8,), (8,))
+
+
+# Real engines
+
+
+@real
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("shapes", [DYNAMIC, STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize(("channels", "groups"), [(256, 32), (20, 5)])
+def test_real_engine_equals_pytorch(precision, shapes, channels, groups):
+    from d2_trt.engine import Engine
+
+    model = Norms(channels, groups, stride=2).cuda()
+    spec = BuildSpec(**shapes, normalization="plugin", precision=precision, fp32_modules=(), opt_level=3)
+    plan, report, _ = builder.build_engine(model, spec, random_images(TRACED).cuda())
+    assert len(report.plugin_layers) == 4
+    engine = Engine(plan, torch.device("cuda"))
+    for shape in (TRACED, *OTHERS) if shapes is DYNAMIC else (TRACED,):
+        images = random_images(shape).cuda()
+        with torch.no_grad():
+            expected = model(images)
+        for actual, wanted in zip(engine(images), expected):
+            assert relative_error(actual, wanted) < (2e-3 if precision == "fp32" else 1e-2), shape
+
+
+@real
+def test_real_network_tells_the_type_of_a_tensor_that_was_only_moved():
+    """Converters choose the plugins' types by it."""
+    trt = compat.tensorrt()  # noqa: F811
+    made = trt.Builder(builder.trt_logger())
+    network = made.create_network(compat.network_flags())
+    if compat.strongly_typed():
+        half = network.add_input("x", trt.float16, (2, 3, 4))
+    else:
+        layer = network.add_identity(network.add_input("x", trt.float32, (2, 3, 4)))
+        layer.precision = trt.float16
+        layer.set_output_type(0, trt.float16)
+        half = layer.get_output(0)
+    shuffle = network.add_shuffle(half)
+    shuffle.first_transpose = (0, 2, 1)
+    part = network.add_slice(shuffle.get_output(0), (0, 0, 0), (1, 4, 3), (1, 1, 1)).get_output(0)
+    joined = network.add_concatenation([part, part]).get_output(0)
+    assert [t.dtype for t in (half, shuffle.get_output(0), part, joined)] == [trt.float16] * 4
