@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-import cv2
 import numpy as np
 import torch
 from benchmark_timing import Stage
@@ -12,6 +11,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.structures import ImageList
+from PIL import Image
 
 from mask2former import add_maskformer2_config
 
@@ -204,7 +204,7 @@ class Subject:
 def draw_image(size: tuple[int, int]) -> np.ndarray:
     """A smooth random BGR image (H, W, 3) uint8: noise alone would be unlike anything a camera sees."""
     small = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    return cv2.resize(small, size[::-1], interpolation=cv2.INTER_CUBIC)
+    return np.array(Image.fromarray(small).resize(size[::-1], Image.BICUBIC))
 
 
 class Footprint:
