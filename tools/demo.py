@@ -19,8 +19,9 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-# Quick on a CPU, and trained, where it is, on what --draw draws.
-DRAW_CONFIG = REPO / "configs" / "shapes" / "maskformer2_mini_shapes.yaml"
+# Quick on a CPU, and trained on what --draw draws: configs/shapes/README.md says how.
+DRAW_CONFIG = REPO / "configs" / "shapes" / "maskformer2_small_shapes.yaml"
+DRAW_WEIGHTS = DRAW_CONFIG.with_suffix(".pth")
 DEFAULT_CONFIG = REPO / "configs" / "coco" / "panoptic-segmentation" / "maskformer2_R50_bs16_50ep.yaml"
 
 
@@ -52,9 +53,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument(
         "--config-file",
         metavar="FILE",
-        help="default: COCO panoptic R50; for --draw alone a small model of configs/shapes",
+        help="default: COCO panoptic R50; for --draw alone the small model of configs/shapes",
     )
-    model.add_argument("--weights", metavar="FILE", help="checkpoint (.pkl, .pth), short for MODEL.WEIGHTS")
+    model.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="checkpoint (.pkl, .pth), short for MODEL.WEIGHTS; the small model of configs/shapes has its own",
+    )
     model.add_argument(
         "--device", help="such as cuda, cuda:1 or cpu; default: the config's, cpu where CUDA is absent"
     )
@@ -93,6 +98,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("no inputs: name images, videos or folders, or use --draw N or --camera")
     if args.config_file is None:
         args.config_file = str(DEFAULT_CONFIG if args.inputs or args.camera is not None else DRAW_CONFIG)
+    own = Path(args.config_file).resolve() == DRAW_CONFIG and DRAW_WEIGHTS.is_file()
+    if own and args.weights is None and "MODEL.WEIGHTS" not in args.opts[::2]:
+        args.weights = str(DRAW_WEIGHTS)
     if args.output is None and not args.window:
         args.output = "output/demo"
     return args

@@ -18,7 +18,12 @@ from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 
 TASKS = ("panoptic", "instance", "semantic")
-_OUTPUT_OF = {"panoptic": "panoptic_seg", "instance": "instances", "semantic": "sem_seg"}
+# What a model gives for a task; for the last one of two, see MODEL.MASK_FORMER.TEST.SEMANTIC_FORMAT.
+_OUTPUTS_OF = {
+    "panoptic": ("panoptic_seg",),
+    "instance": ("instances",),
+    "semantic": ("sem_seg", "sem_seg_labels"),
+}
 _SWITCH_OF = {task: f"MODEL.MASK_FORMER.TEST.{task.upper()}_ON" for task in TASKS}
 
 # Regions of two frames are the same one where their overlap over their union is at least this.
@@ -160,14 +165,15 @@ def interpret(outputs: dict, classes: ClassTable, task: str = "auto", threshold:
     """Name what a MaskFormer returned for one image.
 
     Args:
-        outputs: one of the dicts that MaskFormer.forward returns, on any device.
+        outputs: one of the dicts that MaskFormer.forward returns, on any device, in any of the formats of
+            MODEL.MASK_FORMER.TEST.INSTANCE_FORMAT and SEMANTIC_FORMAT.
         task: whose regions to take, one of TASKS, or "auto" for the first of them that is there.
         threshold: instances with a lower score are left out; segments and classes have none.
 
     Raises:
         ValueError: no output for the task, with the config key that turns it on.
     """
-    there = [name for name in TASKS if _OUTPUT_OF[name] in outputs]
+    there = [name for name in TASKS if any(key in outputs for key in _OUTPUTS_OF[name])]
     if task == "auto" and there:
         task = there[0]
     if task not in there:
@@ -188,7 +194,10 @@ def interpret(outputs: dict, classes: ClassTable, task: str = "auto", threshold:
         height, width = segments.shape
     elif task == "instance":
         height, width = instances.image_size
-        masks = instances.pred_masks.to("cpu").numpy().astype(bool)
+        if instances.has("pred_masks_rle"):
+            masks = instances.pred_masks_rle.decode((height, width)).numpy()
+        else:
+            masks = instances.pred_masks.to("cpu").numpy().astype(bool)
         regions = [
             Region(c, classes.name(c, True), True, mask, score)
             for c, mask, score in zip(
@@ -198,8 +207,10 @@ def interpret(outputs: dict, classes: ClassTable, task: str = "auto", threshold:
         # Ties keep the model's order.
         regions.sort(key=lambda region: -region.score)
     else:
-        height, width = outputs["sem_seg"].shape[-2:]
-        labels = outputs["sem_seg"].argmax(0).cpu().numpy()  # (K, H, W) -> (H, W)
+        # (K, H, W) -> (H, W)
+        labels = outputs["sem_seg"].argmax(0) if "sem_seg" in outputs else outputs["sem_seg_labels"]
+        labels = labels.cpu().numpy()
+        height, width = labels.shape
         regions = [Region(c, classes.name(c, False), False, labels == c) for c in np.unique(labels).tolist()]
     return Findings(task, int(height), int(width), regions, threshold, counter)
 

@@ -193,6 +193,23 @@ def test_chosen_task_is_drawn_and_reported(tmp_path, capsys, task):
     assert (pixels(tmp_path / "x.png") != draw_scene(0).image).mean() > 0.1
 
 
+@pytest.mark.parametrize("task", ["instance", "semantic"])
+def test_results_in_other_formats_are_drawn_alike(tmp_path, task):
+    pictures = []
+    for rle, labels in (("bitmask", "scores"), ("rle", "labels")):
+        target = tmp_path / f"{rle}.png"
+        status = run(
+            *("--draw", 1, "--task", task, "--confidence-threshold", "0.01", "--output", target),
+            MODEL__MASK_FORMER__TEST__SEMANTIC_ON="True",
+            MODEL__MASK_FORMER__TEST__INSTANCE_FORMAT=rle,
+            MODEL__MASK_FORMER__TEST__SEMANTIC_FORMAT=labels,
+        )
+        assert status == 0
+        pictures.append(pixels(target))
+    assert (pictures[0] == pictures[1]).all()
+    assert (pictures[0] != draw_scene(0).image).mean() > 0.1
+
+
 def test_video_comes_out_with_all_frames_and_its_rate(tmp_path, capsys):
     clip = make_video(tmp_path / "clip.avi", frames=6, fps=12.5)
     out = tmp_path / "out"

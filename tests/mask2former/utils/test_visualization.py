@@ -6,6 +6,7 @@ import torch
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, Instances
 
+from mask2former.rle import RLEMasks
 from mask2former.utils.timing import StageClock, TimedBackend, median_ms
 from mask2former.utils.visualization import ClassTable, Findings, Painter, Region, interpret
 
@@ -58,6 +59,28 @@ def test_boxes_come_from_masks_where_the_models_are_zero():
 
 def test_semantic_result_is_described_by_share_of_the_pixels():
     assert interpret(outputs(), CLASSES, "semantic").describe().startswith("2 classes (sky 88 %, road 12 %)")
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.95])
+def test_instances_as_run_lengths_are_those_as_masks(threshold):
+    masks = outputs()["instances"]
+    coded = Instances(masks.image_size, scores=masks.scores, pred_classes=masks.pred_classes)
+    coded.pred_masks_rle = RLEMasks.encode(masks.pred_masks)
+    expected, got = (
+        interpret({"instances": instances}, CLASSES, "instance", threshold) for instances in (masks, coded)
+    )
+    assert got.to_dict() == expected.to_dict()
+    assert len(got.regions) == (2 if threshold == 0.5 else 0)
+    for a, b in zip(got.regions, expected.regions, strict=True):
+        assert a.mask.dtype == bool and np.array_equal(a.mask, b.mask)
+
+
+def test_semantic_labels_are_those_of_the_scores():
+    scores = outputs()["sem_seg"]
+    expected = interpret({"sem_seg": scores}, CLASSES)
+    got = interpret({"sem_seg_labels": scores.argmax(0)}, CLASSES)
+    assert got.task == "semantic" and got.to_dict() == expected.to_dict()
+    assert all(np.array_equal(a.mask, b.mask) for a, b in zip(got.regions, expected.regions, strict=True))
 
 
 def test_auto_takes_the_first_task_that_is_there():
