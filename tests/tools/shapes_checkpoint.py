@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from detectron2.modeling import build_model
 
@@ -13,6 +14,15 @@ from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_da
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = "configs/shapes/maskformer2_mini_shapes.yaml"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Maps of a few pixels: waiting for each other takes threads longer than the work does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def overrides(prefix: str) -> list[str]:

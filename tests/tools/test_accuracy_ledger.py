@@ -14,6 +14,7 @@ from measurements import MeasurementFile, read_rows, size_pair
 from mask2former import get_mask2former_cfg
 from tests.d2_trt.backend_helpers import workshop as workshop
 from tests.tools.shapes_checkpoint import CONFIG, REPO, make_checkpoint, overrides
+from tests.tools.shapes_checkpoint import one_thread as one_thread
 
 PREFIX = "ledgertest"
 OPTS = overrides(PREFIX)

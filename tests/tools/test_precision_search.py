@@ -18,6 +18,7 @@ from d2_trt.options import VerifyOptions
 from mask2former import get_mask2former_cfg
 from tests.d2_trt.backend_helpers import workshop as workshop
 from tests.tools.shapes_checkpoint import CONFIG, REPO, make_checkpoint, overrides
+from tests.tools.shapes_checkpoint import one_thread as one_thread
 
 PREFIX = "precisiontest"
 OPTS = overrides(PREFIX)
@@ -241,7 +242,7 @@ def test_set_is_widened_where_the_engine_misses_it(run, workshop, capsys):
 
 def test_no_engine_reaches_it(run, workshop, capsys):
     workshop.disturb = lambda logits, masks: (logits, masks.neg())
-    status, rows = run("--engines", "1")
+    status, _ = run("--engines", "1")
     out = capsys.readouterr()
     assert status == 1 and len(workshop.built) == 1
     assert "emulated only" in out.out and "not confirmed" in out.err
