@@ -139,6 +139,15 @@ def optional_extensions() -> list[Extension]:
     return [*extensions, extension]
 
 
+def is_newest(target: Path, rule: Path) -> bool:
+    """Whether a file is newer than all that a rule of make, as compilers write them, says it was made from."""
+    if not (target.exists() and rule.exists()):
+        return False
+    made_from = rule.read_text().replace("\\\n", " ").partition(":")[2].split()
+    made = target.stat().st_mtime
+    return all(Path(p).exists() and Path(p).stat().st_mtime < made for p in made_from)
+
+
 class BuildCuda(build_ext):
     """Compiles with nvcc, whose host compiler takes the .cpp files too, and links its static CUDA runtime."""
 
@@ -157,41 +166,32 @@ class BuildCuda(build_ext):
     def build_extension(self, ext):
         nvcc = find_nvcc()
         output = Path(self.get_ext_fullpath(ext.name))
-        objects_in = Path(self.build_temp, output.stem)
         archs = architectures(nvcc)
         flags = ["-O3", "-std=c++17", "-lineinfo"]
         flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas"]
         flags += ["--expt-relaxed-constexpr", f"-I{CSRC}"]
         flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         flags += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
-        # -isystem: warnings in other people's headers are theirs.
-        for folder in [
-            *ext.include_dirs,
-            sysconfig.get_paths()["include"],
-            str(nvcc.parent.parent / "include"),
-        ]:
+        # -isystem: warnings in other people's headers are theirs. All extensions get the folders of all, so that a kernel
+        # that two of them link is compiled once.
+        folders = [folder for e in self.extensions for folder in e.include_dirs]
+        for folder in [*folders, sysconfig.get_paths()["include"], str(nvcc.parent.parent / "include")]:
             flags += ["-isystem", folder]
-        newest = max((Path(p).stat().st_mtime for p in [*ext.depends, __file__]), default=0.0)
-        recipe = objects_in / "flags"
+        objects_in = Path(self.build_temp, "objects")
         objects_in.mkdir(parents=True, exist_ok=True)
-        fresh = recipe.exists() and recipe.read_text() == str(flags)
 
         def compile_one(source: str) -> str:
             target = objects_in / (source.replace("/", "_") + ".o")
-            stale = not (
-                fresh
-                and target.exists()
-                and target.stat().st_mtime > max(newest, Path(source).stat().st_mtime)
-            )
-            if stale:
-                self.spawn([str(nvcc), *flags, "-c", source, "-o", str(target)])
+            command = [str(nvcc), *flags, "-c", source, "-o", str(target)]
+            recipe, headers = target.with_suffix(".command"), target.with_suffix(".d")
+            if not (recipe.exists() and recipe.read_text() == str(command) and is_newest(target, headers)):
+                recipe.unlink(missing_ok=True)
+                self.spawn([*command, "-MMD", "-MF", str(headers)])
+                recipe.write_text(str(command))
             return str(target)
 
-        if not fresh:
-            recipe.unlink(missing_ok=True)
         with concurrent.futures.ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
             objects = list(pool.map(compile_one, ext.sources))
-        recipe.write_text(str(flags))
         output.parent.mkdir(parents=True, exist_ok=True)
         arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         self.spawn([str(nvcc), "-shared", "-cudart=static", *arch, *objects, "-o", str(output)])

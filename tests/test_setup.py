@@ -31,7 +31,12 @@ if os.environ.get("FAIL_ON", "nothing") in " ".join(arguments):
     sys.exit("stand-in: error: this source does not compile")
 with open(os.environ["NVCC_LOG"], "a") as log:
     print(json.dumps(arguments), file=log)
-Path(arguments[arguments.index("-o") + 1]).write_bytes(b"made by the stand-in")
+target = arguments[arguments.index("-o") + 1]
+Path(target).write_bytes(b"made by the stand-in")
+if "-c" in arguments:
+    source = arguments[arguments.index("-c") + 1]
+    included = " \\\\\\n  csrc/common/check.h" if "other" in source else ""
+    Path(arguments[arguments.index("-MF") + 1]).write_text(target + " : " + source + included + "\\n")
 """
 
 MODULE = """#include <Python.h>
@@ -162,9 +167,12 @@ def test_only_what_changed_is_compiled_again(checkout):
     checkout.touch("csrc/other/other.cu")
     checkout.build()
     assert checkout.compiled() == ["csrc/other/other.cu"]
-    checkout.touch("csrc/common/check.h")  # which any source may include
+    checkout.touch("csrc/common/check.h")  # which that one includes
     checkout.build()
-    assert len(checkout.compiled()) == 3
+    assert checkout.compiled() == ["csrc/other/other.cu"]
+    (checkout.root / "csrc/common/check.h").unlink()
+    checkout.build()
+    assert checkout.compiled() == ["csrc/other/other.cu"]
     checkout.build(D2_TRT_CUDA_ARCHS="90")
     assert len(checkout.compiled()) == 3
 
@@ -181,6 +189,11 @@ def test_plugins_are_built_where_tensorrts_headers_are(checkout, version):
     (link,) = [c for c in checkout.calls() if "-shared" in c and c[-1].endswith("trt8.so")]
     objects = {Path(a).name for a in link if a.endswith(".o")}
     assert objects == {"csrc_trt_plugin_library.cpp.o", "csrc_ms_deform_attn_ms_deform_attn.cu.o"}
+
+
+def test_what_module_and_plugins_share_is_compiled_once(checkout):
+    checkout.build(**with_tensorrt(checkout, "#define NV_TENSORRT_MAJOR 8\n"))
+    assert checkout.compiled() == sorted(checkout.sources)
 
 
 def test_a_folder_without_tensorrts_headers_is_an_error(checkout):
