@@ -1,0 +1,153 @@
+"""Training that is stopped, by a time limit or by kill -9, and goes on as if it had not been."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+
+from mask2former.data.datasets.shapes import register_shapes
+from mask2former.engine import Trainer
+from mask2former.engine.checkpoint import WholeFileCheckpointer
+from tests.mask2former.test_training import PREFIX, make_cfg, new_trainer, one_thread, root, weights_of
+
+__all__ = ["one_thread", "root"]
+POLY = ("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.MAX_ITER", 6)
+
+
+class Rates(HookBase):
+    """The learning rate of each iteration."""
+
+    def __init__(self):
+        self.values = []
+
+    def before_step(self):
+        self.values.append(self.trainer.optimizer.param_groups[0]["lr"])
+
+
+def limited_trainer(cfg, seconds: float, resume: bool = False) -> Trainer:
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    torch.manual_seed(11)  # of the initial weights, as in new_trainer
+    trainer = Trainer(cfg, time.monotonic() + seconds)
+    trainer.resume_or_load(resume=resume)
+    return trainer
+
+
+def assert_same_weights(one: dict, other: dict) -> None:
+    assert set(one) == set(other)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def test_time_limit_writes_a_checkpoint_and_resuming_ends_in_the_same_weights(root, tmp_path, caplog):
+    whole, rates = new_trainer(make_cfg(tmp_path / "whole", *POLY)), Rates()
+    whole.register_hooks([rates])
+    whole.train()
+    assert whole.finished
+
+    cfg = make_cfg(tmp_path / "limited", *POLY, "SOLVER.CHECKPOINT_PERIOD", 1000)
+    seen = []
+    with caplog.at_level(logging.WARNING):
+        for resume, already in ((False, 0), (True, 1), (True, 2)):
+            trainer, some = limited_trainer(cfg, 0, resume), Rates()
+            trainer.register_hooks([some])
+            assert trainer.start_iter == already
+            trainer.train()
+            assert not trainer.finished
+            seen += some.values
+    assert "the time limit is reached after 1 of 6 iterations" in caplog.text
+    assert "--resume goes on from here" in caplog.text and "Exception during training" not in caplog.text
+    assert (tmp_path / "limited" / "last_checkpoint").read_text() == "model_0000002.pth"
+    last, some = limited_trainer(cfg, 1000, True), Rates()
+    last.register_hooks([some])
+    last.train()
+    assert last.finished
+    assert seen + some.values == rates.values and len(set(rates.values)) == 6
+    assert_same_weights(weights_of(whole), weights_of(last))
+
+
+def test_limit_in_the_last_iteration_is_the_end_of_training(root, tmp_path):
+    trainer = limited_trainer(make_cfg(tmp_path, "SOLVER.MAX_ITER", 1), 0)
+    trainer.train()
+    assert trainer.finished and (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_another_number_of_iterations_moves_the_end_of_the_schedule(root, tmp_path, caplog):
+    limited_trainer(make_cfg(tmp_path, *POLY), 0).train()
+    longer = make_cfg(tmp_path, *POLY, "SOLVER.MAX_ITER", 8)
+    trainer, rates = new_trainer(longer, resume=True), Rates()
+    trainer.register_hooks([rates])
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "the job began with 6" in caplog.text
+    # The first rate is the checkpoint's; from then on along the new schedule.
+    assert rates.values[1:] == pytest.approx([1e-3 * (1 - i / 8) ** 0.9 for i in range(2, 8)])
+
+
+class Kill(HookBase):
+    """kill -9 in the middle of a checkpoint of the iteration."""
+
+    def __init__(self, iteration: int):
+        self.iteration = iteration
+
+    def before_step(self):
+        if self.trainer.iter == self.iteration:
+            save = torch.save
+
+            def save_half(data, file):
+                save(data, file)
+                file.flush()
+                file.truncate(file.tell() // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            torch.save = save_half
+
+
+def _killed_job(rank: int, root: str, output: str) -> None:
+    torch.set_num_threads(1)
+    register_shapes(root, PREFIX)
+    trainer = new_trainer(make_cfg(output, *POLY))
+    trainer.register_hooks([Kill(3)])
+    trainer.train()
+
+
+@pytest.mark.slow
+def test_job_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(root, tmp_path):
+    with pytest.raises(torch.multiprocessing.ProcessExitedException) as killed:
+        torch.multiprocessing.spawn(_killed_job, (str(root), str(tmp_path / "killed")))
+    assert killed.value.exit_code == -signal.SIGKILL
+    folder = tmp_path / "killed"
+    assert sorted(p.name for p in folder.glob("model*")) == ["model_0000001.pth", "model_0000003.pth.part"]
+    assert (folder / "last_checkpoint").read_text() == "model_0000001.pth"
+
+    second = new_trainer(make_cfg(folder, *POLY), resume=True)
+    assert second.start_iter == 2
+    second.train()
+    whole = new_trainer(make_cfg(tmp_path / "whole", *POLY))
+    whole.train()
+    assert_same_weights(weights_of(whole), weights_of(second))
+    assert not list(folder.glob("*.part"))
+
+
+def test_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    checkpointer = WholeFileCheckpointer(model, str(tmp_path))
+    checkpointer.save("model", iteration=1)
+    before = (tmp_path / "model.pth").read_bytes()
+
+    def disk_full(data, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        checkpointer.save("model", iteration=2)
+    assert (tmp_path / "model.pth").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model.pth"]
+    assert Path(checkpointer.get_checkpoint_file()) == tmp_path / "model.pth"
