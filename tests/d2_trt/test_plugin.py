@@ -7,10 +7,12 @@ the library of csrc/trt_plugin, built for the TensorRT in use.
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 import sys
 import threading
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,6 +235,27 @@ def test_library_can_be_put_into_the_plan(built, trt):  # noqa: F811
     config.plugins_to_serialize = ["other.so"]
     plugin.embed(config)
     assert config.plugins_to_serialize == ["other.so", str(built.path)]
+
+
+LIBRARIES = sorted(Path(plugin.__file__).parent.glob("libd2_trt_plugins_trt*.so"))
+
+
+@pytest.mark.skipif(
+    not LIBRARIES or shutil.which("nm") is None, reason="no plugin library is built, or no nm"
+)
+def test_library_needs_no_symbol_of_tensorrt():
+    """So that it loads beside any library of its major version, whatever that is called."""
+    for path in LIBRARIES:
+        names = {
+            kind: subprocess.run(
+                ["nm", "-D", "-C", f"--{kind}-only", path], capture_output=True, text=True, check=True
+            ).stdout
+            for kind in ("undefined", "defined")
+        }
+        assert "nvinfer" not in names["undefined"] and "Infer" not in names["undefined"], path
+        creators = "getPluginCreators" if path.stem.endswith("trt8") else "getCreators"
+        exported = {line.split()[-1] for line in names["defined"].splitlines()}
+        assert {creators, "setLoggerFinder", "d2_trt_tensorrt_version"} <= exported, path
 
 
 # Real engines
