@@ -352,13 +352,14 @@ class TensorRTBackend:
                 "MODEL.TENSORRT.PRECISION is 'bf16', which needs TensorRT 10 or newer; this is "
                 f"{compat.tensorrt().__version__}. Set it to fp16, tf32 or fp32."
             )
+        choices = {n.lower(): plugin.resolve(n, getattr(options, n.lower())) for n in plugin.OPTIONS}
         return builder.BuildSpec(
             min_shape=shapes.min,
             opt_shape=shapes.opt,
             max_shape=shapes.max,
             precision=options.precision,
-            fp32_modules=options.resolve_fp32_modules(builder.DEFAULT_FP32_MODULES),
-            **{n.lower(): plugin.resolve(n, getattr(options, n.lower())) for n in plugin.OPTIONS},
+            fp32_modules=options.resolve_fp32_modules(builder.default_fp32_modules(choices["attention"])),
+            **choices,
             workspace_bytes=options.workspace_bytes,
             opt_level=options.opt_level,
         )
@@ -384,7 +385,7 @@ class TensorRTBackend:
         return cache_key.key_ingredients(
             weights=self._weights,
             config=config,
-            options=self.options.graph_key(builder.DEFAULT_FP32_MODULES),
+            options=self.options.graph_key(builder.default_fp32_modules(spec.attention)),
             shapes=shapes,
             versions={
                 "d2_trt": cache_key.source_digest(here),

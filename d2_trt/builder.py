@@ -24,9 +24,19 @@ logger = logging.getLogger(__name__)
 INPUT = "images"
 OUTPUTS = ("pred_logits", "pred_masks")
 
-# Kept in float32 at lower precisions, as patterns over module names.
+# Kept in float32 at lower precisions, as patterns over module names ("=" in front: without the modules below).
 DEFAULT_FP32_MODULES = (
     "sem_seg_head.predictor*",
+    "*.self_attn.core",
+    "*.pe_layer",
+)
+# The same where our plugin computes the decoder's attention. It sums in float32, so that projections and feed-forward layers
+# may be in half precision; what says where a query attends, and what leaves the decoder, may not.
+FP32_MODULES_WITH_ATTENTION = (
+    "=sem_seg_head.predictor",
+    "sem_seg_head.predictor.decoder_norm",
+    "sem_seg_head.predictor.mask_embed",
+    "sem_seg_head.predictor.class_embed",
     "*.self_attn.core",
     "*.pe_layer",
 )
@@ -41,6 +51,15 @@ class Core(nn.Module):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.model.core(images)
+
+
+def default_fp32_modules(attention: str) -> tuple[str, ...]:
+    """What "default" in MODEL.TENSORRT.FP32_MODULES stands for.
+
+    Args:
+        attention: what computes the decoder's attention, "plugin" or "native".
+    """
+    return FP32_MODULES_WITH_ATTENTION if attention == "plugin" else DEFAULT_FP32_MODULES
 
 
 @dataclass(frozen=True)

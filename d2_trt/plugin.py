@@ -35,11 +35,12 @@ class Plugin:
         return f"{self.name} {self.version}"
 
 
+ATTENTION = Plugin("D2TRTAttention", "1", "ATTENTION")
 MSDA = Plugin("D2TRTMSDeformAttn", "1", "MSDA")
 LAYER_NORM = Plugin("D2TRTLayerNorm", "1", "NORMALIZATION")
 GROUP_NORM = Plugin("D2TRTGroupNorm", "1", "NORMALIZATION")
 # All that the library registers: csrc/trt_plugin/plugins.h has the same list.
-PLUGINS = (GROUP_NORM, LAYER_NORM, MSDA)
+PLUGINS = (GROUP_NORM, LAYER_NORM, ATTENTION, MSDA)
 # Keys below MODEL.TENSORRT that choose between our plugins and TensorRT's own means.
 OPTIONS = ("MSDA", "NORMALIZATION", "ATTENTION")
 

@@ -41,12 +41,13 @@ Device const& device() {
 
 constexpr int max_blocks(std::int64_t dim, bool masked) { return !masked ? 1 : dim == 64 ? 3 : 7; }
 
+// Few keys without a mask, such as those of self-attention, take less time in one pass than in a second kernel.
+bool may_split(AttentionSizes const& sizes) { return sizes.mask_dim > 0 || sizes.keys > 1024; }
+
 AttentionPlan plan_for(AttentionSizes const& sizes, Device const& on) {
-    bool const masked = sizes.mask_dim > 0;
-    // Without a mask there are as few keys as queries: one pass over them takes less than a second kernel.
-    bool const may_split = masked || sizes.keys > 1024;
     return plan_attention(
-        sizes.batch, sizes.queries, sizes.keys, sizes.heads, max_blocks(sizes.dim, masked), may_split, on.multiprocessors);
+        sizes.batch, sizes.queries, sizes.keys, sizes.heads, max_blocks(sizes.dim, sizes.mask_dim > 0), may_split(sizes),
+        on.multiprocessors);
 }
 
 void check_sizes(AttentionSizes const& sizes, Device const& on) {
@@ -57,7 +58,8 @@ void check_sizes(AttentionSizes const& sizes, Device const& on) {
     require(sizes.keys >= 1 && sizes.keys <= kMaxRows, "attention: ", sizes.keys, " keys; expected 1 to ", kMaxRows);
     require(
         sizes.heads >= 1 && sizes.heads <= kMaxHeads && (sizes.heads <= kMaxWarps || sizes.heads % kMaxWarps == 0),
-        "attention: ", sizes.heads, " heads; expected 1 to ", kMaxWarps, ", or a multiple of ", kMaxWarps, " up to ", kMaxHeads);
+        "attention: ", sizes.heads, " heads; expected 1 to ", kMaxWarps, ", or a multiple of ", kMaxWarps, " up to ",
+        kMaxHeads);
     require(
         sizes.dim == 8 || sizes.dim == 16 || sizes.dim == 32 || sizes.dim == 64, "attention: ", sizes.dim,
         " channels a head; expected 8, 16, 32 or 64");
@@ -137,12 +139,8 @@ std::int64_t floats_of_a_split(AttentionSizes const& sizes) { return sizes.heads
 std::size_t attention_workspace(AttentionSizes const& sizes) {
     Device const& on = device();
     check_sizes(sizes, on);
-    // However the work is divided: an image has no more splits than multiprocessors and tiles, and all images together no
-    // more than multiprocessors, but one each. One split alone needs nothing.
-    std::int64_t const tiles = (sizes.keys + kTileKeys - 1) / kTileKeys;
-    std::int64_t const most = std::min(tiles * sizes.batch, std::max<std::int64_t>(on.multiprocessors, sizes.batch));
-    bool const may_split = sizes.mask_dim > 0 || sizes.keys > 1024;
-    if (!may_split || tiles == 1) return 0;
+    if (!may_split(sizes)) return 0;
+    std::int64_t const most = most_splits(sizes.batch, sizes.keys, on.multiprocessors);
     return static_cast<std::size_t>(most * sizes.queries * floats_of_a_split(sizes)) * sizeof(float);
 }
 

@@ -11,7 +11,8 @@ namespace d2_trt {
 namespace {
 
 AttentionSizes sizes_of(
-    std::int64_t batch, std::int64_t queries, std::int64_t keys, std::int64_t heads, std::int64_t dim, std::int64_t mask_dim) {
+    std::int64_t batch, std::int64_t queries, std::int64_t keys, std::int64_t heads, std::int64_t dim,
+    std::int64_t mask_dim) {
     AttentionSizes sizes;
     sizes.batch = batch;
     sizes.queries = queries;
@@ -24,7 +25,8 @@ AttentionSizes sizes_of(
 }
 
 std::size_t workspace(
-    std::int64_t batch, std::int64_t queries, std::int64_t keys, std::int64_t heads, std::int64_t dim, std::int64_t mask_dim) {
+    std::int64_t batch, std::int64_t queries, std::int64_t keys, std::int64_t heads, std::int64_t dim,
+    std::int64_t mask_dim) {
     return attention_workspace(sizes_of(batch, queries, keys, heads, dim, mask_dim));
 }
 
@@ -61,7 +63,7 @@ void bind_attention(py::module_& module) {
         py::arg("mask_embed") = 0, py::arg("features") = 0, py::arg("workspace") = 0, py::arg("dtype"), py::arg("batch"),
         py::arg("queries"), py::arg("keys"), py::arg("heads"), py::arg("dim"), py::arg("mask_dim") = 0, py::arg("q_stride"),
         py::arg("k_stride"), py::arg("v_stride"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
-        "Attention with the mask of masked attention or none, see attention.h. Tensors are addresses on the stream's device.");
+        "Attention with masked attention's mask or none, see attention.h. Tensors are addresses on the stream's device.");
 }
 
 }  // namespace d2_trt

@@ -355,8 +355,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attention_kernel(__grid_consta
                 }
 #pragma unroll
                 for (int j = 0; j < kWords; ++j) {
-                    multiply<T>(
-                        sums[b][j], weights[0], weights[1], weights[2], weights[3], value_words[s][j][0], value_words[s][j][1]);
+                    std::uint32_t const(&column)[2] = value_words[s][j];
+                    multiply<T>(sums[b][j], weights[0], weights[1], weights[2], weights[3], column[0], column[1]);
                 }
             }
         }

@@ -44,4 +44,10 @@ inline AttentionPlan plan_attention(
     return plan;
 }
 
+// Splits of all images together that plan_attention never exceeds, for these sizes and all smaller ones: an image has no
+// more than tiles, and all of them no more than multiprocessors, but one each.
+inline std::int64_t most_splits(std::int64_t batch, std::int64_t keys, std::int64_t multiprocessors) {
+    return std::min((keys + 31) / 32 * batch, std::max(multiprocessors, batch));
+}
+
 }  // namespace d2_trt

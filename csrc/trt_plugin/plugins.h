@@ -1,6 +1,7 @@
 // The plugins of the library. d2_trt/plugin.py has the same list.
 #pragma once
 
+#include "trt_plugin/attention_core.h"
 #include "trt_plugin/group_norm_core.h"
 #include "trt_plugin/layer_norm_core.h"
 #include "trt_plugin/ms_deform_attn_core.h"
@@ -10,6 +11,6 @@ namespace d2_trt::plugin {
 template <typename... Cores>
 struct PluginList {};
 
-using Plugins = PluginList<GroupNormPlugin, LayerNormPlugin, MsDeformAttnPlugin>;
+using Plugins = PluginList<AttentionPlugin, GroupNormPlugin, LayerNormPlugin, MsDeformAttnPlugin>;
 
 }  // namespace d2_trt::plugin

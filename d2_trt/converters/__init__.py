@@ -1,6 +1,6 @@
 """Converters from PyTorch to TensorRT layers; importing this fills the table."""
 
-from . import deformable, layers, norms, shape_ops, structure
+from . import attention, deformable, layers, norms, shape_ops, structure
 from .graph import Graph
 from .registry import CONVERTERS, Guard, converter_table, converts
 
@@ -8,6 +8,7 @@ __all__ = [
     "CONVERTERS",
     "Graph",
     "Guard",
+    "attention",
     "converter_table",
     "converts",
     "deformable",

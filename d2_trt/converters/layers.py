@@ -1,4 +1,4 @@
-"""Converters of convolutions, linear layers, batch normalisation, activations and attention."""
+"""Converters of convolutions, linear layers, batch normalisation, and activations."""
 
 from __future__ import annotations
 
@@ -132,51 +132,3 @@ def softmax(g, result, input, dim=None, *unused, **also_unused):
 def masked_fill(g, result, input, mask, value):
     value = max(float(value), MASKED_LOGIT)
     return g.select(g.tensor(mask), g.tensor(value), g.tensor(input))
-
-
-def _attention(g, q, k, v, scale: float, add_to_logits=()):
-    logits = g.matmul(g.elementwise("PROD", q, scale), k, transpose_b=True)
-    for term in add_to_logits:
-        logits = g.elementwise("SUM", logits, term)
-    return g.matmul(g.softmax(logits, -1), v)
-
-
-@converts("torch.nn.functional.scaled_dot_product_attention")
-def scaled_dot_product_attention(
-    g, result, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
-    if attn_mask is not None or dropout_p or is_causal or enable_gqa:
-        raise ConversionError(
-            "scaled_dot_product_attention with a mask, dropout or grouping has no converter"
-        )
-    q, k, v = g.tensor(query), g.tensor(key), g.tensor(value)
-    if scale is None:
-        channels = g.size(q, -1)
-        if not isinstance(channels, int):
-            raise ConversionError("attention over an unknown number of channels has no converter")
-        scale = channels**-0.5
-    return _attention(g, q, k, v, scale)
-
-
-@converts("mask2former.modeling.shape_ops.window_attention")
-def window_attention(g, result, q, k, v, bias, mask, scale, dropout=0.0):
-    terms = [g.tensor(bias, 5)]
-    if mask is not None:
-        m = g.tensor(mask)  # (windows, N, N) -> (1, windows, 1, N, N)
-        terms.append(g.reshape(m, [1, g.size(m, 0), 1, m.shape[1], m.shape[2]]))
-    return _attention(g, g.tensor(q), g.tensor(k), g.tensor(v), scale, terms)
-
-
-@converts("mask2former.modeling.transformer_decoder.mask2former_transformer_decoder.attention_mask")
-def attention_mask(g, result, mask_logits):
-    logits = g.tensor(mask_logits)
-    zero = g.tensor(0.0, 3)
-    blocked = g.elementwise("LESS", logits, zero)
-
-    def largest(x):
-        return g.network.add_reduce(x, g.trt.ReduceOperation.MAX, 1 << 2, True)
-
-    # A row is blocked everywhere where its largest logit is.
-    some = g.unary("NOT", g.elementwise("LESS", g.emit(largest, logits), zero))
-    mask = g.elementwise("AND", blocked, some)
-    return g.reshape(mask, [g.size(mask, 0), 1, mask.shape[1], g.size(mask, 2)])

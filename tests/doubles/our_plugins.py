@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from mask2former.modeling.pixel_decoder.ms_deform_attn_reference import ms_deform_attn_reference
+from mask2former.modeling.transformer_decoder import attention_core, attention_cuda
 
 from .trt_api import Refused
 
@@ -72,6 +73,46 @@ class MsDeformAttn(OurPlugin):
         if len(shapes) != levels or sum(h * w for h, w in shapes) != value.shape[1]:
             raise Refused(f"levels {shapes} in {value.shape[1]} rows")
         return ms_deform_attn_reference(value, offsets, logits, shapes)
+
+
+class Attention(OurPlugin):
+    NAME = "D2TRTAttention"
+    FIELDS: ClassVar = {"type": int, "heads": int, "masked": int, "part": int}
+
+    def possible(self):
+        masked, part = self.fields["masked"], self.fields["part"]
+        half = self.fields["type"] != 0 and self._is_type("type")
+        heads = 1 <= self.fields["heads"] <= 256
+        return half and heads and masked in (0, 1) and part >= 0 and (masked == 1 or part == 0)
+
+    def input_types(self):
+        half = TYPE_NAMES[self.fields["type"]]
+        return [half, half, half, "FLOAT", half] if self.fields["masked"] else [half]
+
+    def output_types(self):
+        return [TYPE_NAMES[self.fields["type"]]]
+
+    def compute(self, q, *others):
+        if any(x.dim() != 3 for x in (q, *others)):
+            raise Refused("ranks must be 3")
+        heads = self.fields["heads"]
+        channels = q.shape[2] if others else q.shape[2] // 3
+        mask_dim = others[2].shape[2] if others else 0
+        if channels % heads or not attention_cuda.supported(heads, channels // heads, mask_dim):
+            raise Refused(f"{heads} heads of {channels} channels with a mask of {mask_dim}")
+        if not others:
+            return attention_core.reference(*q.chunk(3, 2), heads)
+        k, v, mask_embed, features = others
+        part = slice(self.fields["part"] * channels, (self.fields["part"] + 1) * channels)
+        k, v = k[:, :, part], v[:, :, part]
+        keys = (q.shape[0], k.shape[1])
+        wanted = {"k": (*keys, channels), "v": (*keys, channels), "features": (*keys, mask_dim)}
+        wanted["mask_embed"] = (*q.shape[:2], mask_dim)
+        given = {"k": k, "v": v, "features": features, "mask_embed": mask_embed}
+        for name, shape in wanted.items():
+            if tuple(given[name].shape) != shape:
+                raise Refused(f"{name} is {tuple(given[name].shape)}, not {shape}")
+        return attention_core.reference(q, k, v, heads, mask_embed, features)
 
 
 class LayerNorm(OurPlugin):
@@ -147,4 +188,4 @@ class GroupNorm(OurPlugin):
         return out.relu() if self.fields["relu"] else out
 
 
-OUR_PLUGINS = {cls.NAME: cls for cls in (GroupNorm, LayerNorm, MsDeformAttn)}
+OUR_PLUGINS = {cls.NAME: cls for cls in (GroupNorm, LayerNorm, Attention, MsDeformAttn)}

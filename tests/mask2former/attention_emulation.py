@@ -39,6 +39,14 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def splits(batch, queries, keys, heads, multiprocessors) -> tuple[int, int]:
+    """Splits of all images that a call has in the workspace, and at most has with these sizes or smaller ones."""
+    needed, most = ctypes.c_int64(), ctypes.c_int64()
+    sizes = map(ctypes.c_int64, (batch, queries, keys, heads, multiprocessors))
+    _library().plan_splits(*sizes, ctypes.byref(needed), ctypes.byref(most))
+    return needed.value, most.value
+
+
 def _guarded(tensor: torch.Tensor) -> torch.Tensor:
     """A copy at an address that is a multiple of 16, between values that are not numbers."""
     width = tensor.shape[-1]

@@ -185,6 +185,18 @@ def test_mask_logits_near_zero(run):
     assert error(run(**given), expected(given)) < TOLERANCE[F16]
 
 
+@needs_compiler
+def test_workspace_holds_whatever_is_smaller():
+    sizes = [
+        (b, q, k) for b in (1, 2, 3, 8, 40) for q in (1, 16, 100, 300) for k in (1, 33, 850, 3400, 13600)
+    ]
+    for multiprocessors in (1, 20, 132):
+        for batch, queries, keys in sizes:
+            needed, _ = attention_emulation.splits(batch, queries, keys, 8, multiprocessors)
+            larger = [s for s in sizes if s[0] >= batch and s[1] >= queries and s[2] >= keys]
+            assert all(needed <= attention_emulation.splits(*s, 8, multiprocessors)[1] for s in larger)
+
+
 def test_operator_tells_its_shape_without_a_gpu():
     given = inputs(2, 5, 9, dtype=F16)
     with torch.device("meta"):

@@ -6,9 +6,13 @@ from torch.nn import functional as F
 
 from mask2former.modeling import shape_ops
 from mask2former.modeling.pixel_decoder import MSDeformAttnCore
-from mask2former.modeling.transformer_decoder import PositionEmbeddingSine
-from mask2former.modeling.transformer_decoder.attention import MultiHeadAttention
-from mask2former.modeling.transformer_decoder.mask2former_transformer_decoder import attention_mask
+from mask2former.modeling.transformer_decoder import PositionEmbeddingSine, attention_core
+from mask2former.modeling.transformer_decoder.attention import (
+    MaskedCrossAttention,
+    PixelMemory,
+    SelfAttention,
+)
+from mask2former.modeling.transformer_decoder.attention_core import attention_mask
 
 
 @pytest.fixture(autouse=True)
@@ -16,15 +20,50 @@ def seed():
     torch.manual_seed(0)
 
 
-def test_attention_equals_torch_multihead_attention():
-    ours, theirs = MultiHeadAttention(16, 4), torch.nn.MultiheadAttention(16, 4, batch_first=True)
-    torch.nn.init.normal_(ours.in_proj_bias)
+def with_random_biases(module: torch.nn.Module) -> torch.nn.Module:
+    torch.nn.init.normal_(module.in_proj_bias)
+    torch.nn.init.normal_(module.out_proj.bias)
+    return module
+
+
+def torchs_own(ours: torch.nn.Module) -> torch.nn.MultiheadAttention:
+    channels = ours.in_proj_weight.shape[1]
+    theirs = torch.nn.MultiheadAttention(channels, ours.num_heads, batch_first=True)
     theirs.load_state_dict(ours.state_dict())  # the same keys
-    query, key, value = torch.randn(2, 5, 16), torch.randn(2, 7, 16), torch.randn(2, 7, 16)
-    blocked = torch.rand(2, 1, 5, 7) < 0.4
-    blocked[..., 0] = False
-    expected = theirs(query, key, value, attn_mask=blocked.expand(-1, 4, -1, -1).flatten(0, 1))[0]
-    torch.testing.assert_close(ours(query, key, value, blocked), expected)
+    return theirs
+
+
+def test_self_attention_equals_torch_multihead_attention():
+    ours = with_random_biases(SelfAttention(16, 4))
+    x, pos = torch.randn(2, 5, 16), torch.randn(1, 5, 16)
+    expected = torchs_own(ours)(x + pos, x + pos, x)[0]
+    torch.testing.assert_close(ours(x, pos), expected)
+
+
+def test_masked_attention_equals_torch_multihead_attention():
+    layers = [with_random_biases(MaskedCrossAttention(16, 4)) for _ in range(3)]
+    query, pixels, position = torch.randn(2, 5, 16), torch.randn(2, 16, 3, 4), torch.randn(1, 16, 3, 4)
+    level_embed, mask_embed = torch.randn(16), torch.randn(2, 5, 8)
+    mask_features = torch.randn(2, 8, 6, 8)
+    keys, values, level_mask_features = PixelMemory()(pixels, position, level_embed, mask_features, layers)
+    resized = F.interpolate(mask_features, size=(3, 4), mode="bilinear", align_corners=False).flatten(2)
+    torch.testing.assert_close(level_mask_features, resized.transpose(1, 2))
+    blocked = attention_mask(mask_embed @ resized)
+    value = pixels.flatten(2).transpose(1, 2) + level_embed
+    key = value + position.flatten(2).transpose(1, 2)
+    for part, layer in enumerate(layers):
+        actual = layer(query, keys, values, part, mask_embed, level_mask_features)
+        mask = blocked.expand(-1, 4, -1, -1).flatten(0, 1)
+        expected = torchs_own(layer)(query, key, value, attn_mask=mask)[0]
+        torch.testing.assert_close(actual, expected)
+
+
+def test_no_gradient_flows_through_where_a_query_attends():
+    q, memory = torch.randn(1, 3, 8, requires_grad=True), torch.randn(1, 6, 8, requires_grad=True)
+    embed, features = (torch.randn(1, n, 4, requires_grad=True) for n in (3, 6))
+    attention_core.masked_attention(q, memory, memory, 0, embed, features, 2).sum().backward()
+    assert q.grad is not None and memory.grad is not None
+    assert embed.grad is None and features.grad is None
 
 
 def test_row_masked_everywhere_attends_everywhere():

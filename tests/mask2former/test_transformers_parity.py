@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mask2former import get_mask2former_cfg
+from mask2former.modeling.transformer_decoder import attention_core
 from tests.golden import config_path, relative_error
 from tests.mask2former.transformers_mapping import (
     convert_state_dict,
@@ -179,17 +180,17 @@ def run_ours(model: nn.Module, images: Tensor, masks: list[Tensor]) -> Results:
     """Our model, where each decoder layer attends in the mask given for it; its own are in the result."""
     predictor = model.sem_seg_head.predictor
     features, decoder_inputs, blocked = [], [], []
+    make_mask = attention_core.attention_mask
 
-    def replace_mask(module, args):
-        *rest, own = args
-        blocked.append(own.squeeze(1))
-        return (*rest, masks[len(blocked) - 1].unsqueeze(1))
+    def replace_mask(mask_logits):
+        blocked.append(make_mask(mask_logits).squeeze(1))
+        return masks[len(blocked) - 1].unsqueeze(1)
 
+    attention_core.attention_mask = replace_mask
     handles = [
-        x.register_forward_pre_hook(replace_mask) for x in predictor.transformer_cross_attention_layers
+        model.backbone.register_forward_hook(lambda module, args, output: features.append(output)),
+        predictor.register_forward_pre_hook(lambda module, args: decoder_inputs.append(args)),
     ]
-    handles.append(model.backbone.register_forward_hook(lambda module, args, output: features.append(output)))
-    handles.append(predictor.register_forward_pre_hook(lambda module, args: decoder_inputs.append(args)))
     try:
         pred_logits, pred_masks = model.core(images)
         levels, mask_features = decoder_inputs[0]
@@ -198,6 +199,7 @@ def run_ours(model: nn.Module, images: Tensor, masks: list[Tensor]) -> Results:
         predictor.train()
         earlier = predictor(levels, mask_features)["aux_outputs"]
     finally:
+        attention_core.attention_mask = make_mask
         predictor.eval()
         for handle in handles:
             handle.remove()

@@ -17,7 +17,8 @@ struct Arguments {
     float const* mask_embed;
     void const* features;
     void* out;
-    std::int64_t batch, queries, keys, heads, dim, q_stride, k_stride, v_stride, mask_dim, multiprocessors, may_split, backwards;
+    std::int64_t batch, queries, keys, heads, dim, q_stride, k_stride, v_stride, mask_dim;
+    std::int64_t multiprocessors, may_split, backwards;
 };
 
 template <typename T, int D, int kBlocks, bool kMasked>
@@ -67,4 +68,13 @@ void run_dim(Arguments const& a) {
 
 extern "C" void emulate_attention(Arguments const* arguments, int bfloat16) {
     bfloat16 ? run_dim<BFloat16>(*arguments) : run_dim<Half>(*arguments);
+}
+
+// What a call needs of the workspace, in splits of all images together, and what it is said to need at most.
+extern "C" void plan_splits(
+    std::int64_t batch, std::int64_t queries, std::int64_t keys, std::int64_t heads, std::int64_t multiprocessors,
+    std::int64_t* needed, std::int64_t* most) {
+    AttentionPlan const plan = plan_attention(batch, queries, keys, heads, 7, true, multiprocessors);
+    *needed = plan.splits == 1 ? 0 : plan.splits * batch;
+    *most = most_splits(batch, keys, multiprocessors);
 }

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import fused_ops, shape_ops
+from . import attention_core
+
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention with a boolean mask that all heads share.
-
-    Parameters are named as in torch.nn.MultiheadAttention (`in_proj_weight`, `in_proj_bias`, `out_proj`), so that the
-    release's checkpoints load. Unlike it, the mask stays (B, 1, Q, K): nothing of size (B * heads, Q, K) is made.
+    """Projections of multi-head attention, named as in torch.nn.MultiheadAttention (`in_proj_weight`, `in_proj_bias`,
+    `out_proj`), so that the release's checkpoints load.
     """
 
     def __init__(self, embed_dim: int, num_heads: int):
@@ -22,7 +25,6 @@ class MultiHeadAttention(nn.Module):
                 f"MODEL.MASK_FORMER.NHEADS ({num_heads})"
             )
         self.num_heads = num_heads
-        self.head_dim = embed_dim // num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
         self.out_proj = nn.Linear(embed_dim, embed_dim)
@@ -30,32 +32,76 @@ class MultiHeadAttention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None = None) -> Tensor:
-        """Attention output after the output projection.
+
+class SelfAttention(MultiHeadAttention):
+    """Attention of queries to each other, their positions added to what queries and keys are made of."""
+
+    def forward(self, x: Tensor, pos: Tensor) -> Tensor:
+        """x (B, Q, C), pos (1, Q, C) -> (B, Q, C)."""
+        channels = self.in_proj_weight.shape[1]
+        # W (x + pos) = W x + W pos, the second of which is the same for every image: one product makes all three.
+        of_pos = F.linear(pos, self.in_proj_weight[: 2 * channels])
+        bias = F.pad(of_pos, (0, channels)) + self.in_proj_bias  # (1, Q, 3 * C)
+        qkv = F.linear(x, self.in_proj_weight)
+        return self.out_proj(attention_core.self_attention(qkv + bias.to(qkv.dtype), self.num_heads))
+
+
+class MaskedCrossAttention(MultiHeadAttention):
+    """Attention of queries to the pixels inside their predicted masks. PixelMemory makes keys and values."""
+
+    def forward(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        part: int,
+        mask_embed: Tensor,
+        mask_features: Tensor,
+    ) -> Tensor:
+        """query (B, Q, C) -> (B, Q, C); the others as in attention_core.masked_attention."""
+        channels = self.in_proj_weight.shape[1]
+        q = F.linear(query, self.in_proj_weight[:channels], self.in_proj_bias[:channels])
+        out = attention_core.masked_attention(
+            q, keys, values, part, mask_embed, mask_features, self.num_heads
+        )
+        return self.out_proj(out)
+
+
+class PixelMemory(nn.Module):
+    """What the cross-attentions read of one level. It has no weights of its own: they are the layers'."""
+
+    def forward(
+        self,
+        pixels: Tensor,
+        position: Tensor,
+        level_embed: Tensor,
+        mask_features: Tensor,
+        layers: Sequence[MaskedCrossAttention],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and mask features of a level, for the n layers that read it.
 
         Args:
-            query: (B, Q, C).
-            key, value: (B, K, C).
-            blocked: (B, 1, Q, K) bool, True where a query may not attend to a key. No row may be True everywhere.
+            pixels: (B, C, h, w).
+            position: (1, C, h, w), added for the keys.
+            level_embed: (C,), added to all pixels.
+            mask_features: (B, mask_dim, H/4, W/4).
+            layers: their attentions.
 
         Returns:
-            (B, Q, C).
+            keys and values (B, h * w, n * C), the layers' side by side; mask features (B, h * w, mask_dim).
         """
-        w_q, w_k, w_v = self.in_proj_weight.chunk(3)
-        b_q, b_k, b_v = self.in_proj_bias.chunk(3)
-        q = self._split_heads(F.linear(query, w_q, b_q))  # (B, heads, Q, D)
-        k = self._split_heads(F.linear(key, w_k, b_k))
-        v = self._split_heads(F.linear(value, w_v, b_v))
-        if blocked is None:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            # Not the fused kernel: with a hundred queries and many thousand keys it leaves most of a GPU idle.
-            logits = (q * self.head_dim**-0.5) @ k.transpose(2, 3)  # (B, heads, Q, K)
-            out = logits.masked_fill(blocked, float("-inf")).softmax(-1).to(v.dtype) @ v
-        return self.out_proj(out.transpose(1, 2).flatten(2))
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+        channels = level_embed.shape[0]
+        weights = zip(*(layer.in_proj_weight.split(channels)[1:] for layer in layers))
+        biases = zip(*(layer.in_proj_bias.split(channels)[1:] for layer in layers))
+        inputs = (pixels + position, pixels)
+        made = []
+        for x, weight, bias in zip(inputs, map(torch.cat, weights), map(torch.cat, biases)):
+            # W (x + level_embed) = W x + W level_embed, which joins the bias.
+            bias = F.linear(level_embed, weight, bias)
+            made.append(F.linear(x.flatten(2).transpose(1, 2), weight, bias))
+        keys, values = made
+        resized = shape_ops.resize_like(mask_features, pixels)
+        return keys, values, resized.flatten(2).transpose(1, 2)
 
 
 class SelfAttentionLayer(nn.Module):
@@ -63,16 +109,15 @@ class SelfAttentionLayer(nn.Module):
 
     def __init__(self, d_model: int, nhead: int, pre_norm: bool = False):
         super().__init__()
-        self.self_attn = MultiHeadAttention(d_model, nhead)
+        self.self_attn = SelfAttention(d_model, nhead)
         self.norm = nn.LayerNorm(d_model)
         self.pre_norm = pre_norm
 
     def forward(self, queries: Tensor, query_pos: Tensor) -> Tensor:
-        """(B, Q, C) -> (B, Q, C); query_pos (1 or B, Q, C) is added to queries and keys, not to values."""
-        x = self.norm(queries) if self.pre_norm else queries
-        with_pos = x + query_pos
-        queries = queries + self.self_attn(with_pos, with_pos, x)
-        return queries if self.pre_norm else self.norm(queries)
+        """(B, Q, C) -> (B, Q, C); query_pos (1, Q, C) is added to queries and keys, not to values."""
+        if self.pre_norm:
+            return queries + self.self_attn(self.norm(queries), query_pos)
+        return fused_ops.residual_layer_norm(queries, self.self_attn(queries, query_pos), self.norm)
 
 
 class CrossAttentionLayer(nn.Module):
@@ -80,17 +125,26 @@ class CrossAttentionLayer(nn.Module):
 
     def __init__(self, d_model: int, nhead: int, pre_norm: bool = False):
         super().__init__()
-        self.multihead_attn = MultiHeadAttention(d_model, nhead)
+        self.multihead_attn = MaskedCrossAttention(d_model, nhead)
         self.norm = nn.LayerNorm(d_model)
         self.pre_norm = pre_norm
 
     def forward(
-        self, queries: Tensor, query_pos: Tensor, key: Tensor, value: Tensor, blocked: Tensor
+        self,
+        queries: Tensor,
+        query_pos: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        part: int,
+        mask_embed: Tensor,
+        mask_features: Tensor,
     ) -> Tensor:
-        """(B, Q, C) -> (B, Q, C); key (pixels with position) and value (pixels): (B, HW, C); blocked: (B, 1, Q, HW)."""
+        """(B, Q, C) -> (B, Q, C); query_pos (1, Q, C); the others as in attention_core.masked_attention."""
         x = self.norm(queries) if self.pre_norm else queries
-        queries = queries + self.multihead_attn(x + query_pos, key, value, blocked)
-        return queries if self.pre_norm else self.norm(queries)
+        update = self.multihead_attn(x + query_pos, keys, values, part, mask_embed, mask_features)
+        if self.pre_norm:
+            return queries + update
+        return fused_ops.residual_layer_norm(queries, update, self.norm)
 
 
 class FFNLayer(nn.Module):
@@ -108,8 +162,10 @@ class FFNLayer(nn.Module):
     def forward(self, queries: Tensor) -> Tensor:
         """(B, Q, C) -> (B, Q, C)."""
         x = self.norm(queries) if self.pre_norm else queries
-        queries = queries + self.linear2(F.relu(self.linear1(x)))
-        return queries if self.pre_norm else self.norm(queries)
+        update = self.linear2(F.relu(self.linear1(x)))
+        if self.pre_norm:
+            return queries + update
+        return fused_ops.residual_layer_norm(queries, update, self.norm)
 
 
 class MLP(nn.Module):

@@ -24,6 +24,16 @@ def supported(heads: int, dim: int, mask_dim: int = 0) -> bool:
     )
 
 
+@torch.compiler.assume_constant_result
+def _built() -> bool:
+    return kernels.available()
+
+
+def usable(tensor: Tensor) -> bool:
+    """Whether the kernels are built and the tensor is on a GPU that has their instructions."""
+    return tensor.is_cuda and _built() and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+
+
 def attention(
     q: Tensor,
     k: Tensor,

@@ -9,7 +9,7 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from .. import shape_ops
-from .attention import MLP, CrossAttentionLayer, FFNLayer, SelfAttentionLayer
+from .attention import MLP, CrossAttentionLayer, FFNLayer, PixelMemory, SelfAttentionLayer
 from .position_encoding import PositionEmbeddingSine
 
 TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_MODULE")
@@ -21,21 +21,6 @@ Transformer decoders by name (MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME), built
 def build_transformer_decoder(cfg, in_channels: int) -> nn.Module:
     """Decoder named by MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME for features of `in_channels` channels."""
     return TRANSFORMER_DECODER_REGISTRY.get(cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME)(cfg, in_channels)
-
-
-def attention_mask(mask_logits: Tensor) -> Tensor:
-    """Where queries may not attend, from their predicted masks.
-
-    A query whose mask is empty attends everywhere: a softmax over nothing would be NaN.
-
-    Args:
-        mask_logits: (B, Q, HW).
-
-    Returns:
-        (B, 1, Q, HW) bool, True where the query may not attend.
-    """
-    blocked = mask_logits < 0  # the same as sigmoid < 0.5
-    return (blocked & ~blocked.all(dim=-1, keepdim=True)).unsqueeze(1)
 
 
 @TRANSFORMER_DECODER_REGISTRY.register()
@@ -81,6 +66,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         self.num_heads = nheads
         self.num_queries = num_queries
         self.pe_layer = PositionEmbeddingSine(hidden_dim // 2)
+        self.pixel_memory = PixelMemory()
 
         self.transformer_self_attention_layers = nn.ModuleList(
             SelfAttentionLayer(hidden_dim, nheads, pre_norm) for _ in range(dec_layers)
@@ -144,31 +130,31 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             "pred_logits" (B, Q, num_classes + 1; the last is "no object") and "pred_masks" (B, Q, H/4, W/4) of the last
             layer; in training also "aux_outputs", a list with the same two of each layer before.
         """
-        keys, values, level_mask_features = [], [], []
-        for i, x in enumerate(features):
-            # (B, C, h, w) -> (B, hw, C)
-            value = (self.input_proj[i](x).flatten(2) + self.level_embed.weight[i][None, :, None]).transpose(
-                1, 2
+        attentions = [layer.multihead_attn for layer in self.transformer_cross_attention_layers]
+        memories = []
+        # With fewer layers than levels, the last levels are read by none.
+        for i, x in enumerate(features[: self.num_layers]):
+            readers = attentions[i :: self.num_feature_levels]
+            level_embed = self.level_embed.weight[i]
+            memories.append(
+                self.pixel_memory(
+                    self.input_proj[i](x), self.pe_layer(x), level_embed, mask_features, readers
+                )
             )
-            keys.append(value + self.pe_layer(x).flatten(2).transpose(1, 2))
-            values.append(value)
-            resized = shape_ops.resize_like(mask_features, x)
-            # The release detaches the masks too: no gradient flows through where a query attends.
-            level_mask_features.append(resized.flatten(2).detach())  # (B, mask_dim, hw)
 
         query_pos = self.query_embed.weight[None]
         queries = shape_ops.expand_batch_like(self.query_feat.weight[None], mask_features)  # (B, Q, C)
 
         aux_outputs = []
         for i in range(self.num_layers):
-            level = i % self.num_feature_levels
+            part, level = divmod(i, self.num_feature_levels)
             normed = self.decoder_norm(queries)
             mask_embed = self.mask_embed(normed)
             if self.training:
                 aux_outputs.append(self._predict(normed, mask_embed, mask_features))
-            blocked = attention_mask(mask_embed.detach() @ level_mask_features[level])
+            keys, values, level_mask_features = memories[level]
             queries = self.transformer_cross_attention_layers[i](
-                queries, query_pos, keys[level], values[level], blocked
+                queries, query_pos, keys, values, part, mask_embed, level_mask_features
             )
             queries = self.transformer_self_attention_layers[i](queries, query_pos)
             queries = self.transformer_ffn_layers[i](queries)

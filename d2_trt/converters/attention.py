@@ -1,0 +1,147 @@
+"""Converters of attention: the decoder's by our plugin or TensorRT's own layers, others by those layers."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from mask2former.modeling.transformer_decoder import attention_cuda
+
+from .. import plugin
+from ..errors import ConversionError
+from .layers import MASKED_LOGIT
+from .registry import converts
+
+logger = logging.getLogger(__name__)
+_CORE = "mask2former.modeling.transformer_decoder.attention_core."
+
+
+def _attention(g, q, k, v, scale: float, add_to_logits=(), blocked=None, **types):
+    logits = g.matmul(g.elementwise("PROD", q, scale, **types), k, transpose_b=True, **types)
+    for term in add_to_logits:
+        logits = g.elementwise("SUM", logits, term, **types)
+    if blocked is not None:
+        low = g.tensor(MASKED_LOGIT, len(logits.shape))
+        logits = g.emit(lambda c, a, b: g.network.add_select(c, a, b), blocked, low, logits, **types)
+    return g.matmul(g.softmax(logits, -1, **types), v, **types)
+
+
+@converts("torch.nn.functional.scaled_dot_product_attention")
+def scaled_dot_product_attention(
+    g, result, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    if attn_mask is not None or dropout_p or is_causal or enable_gqa:
+        raise ConversionError(
+            "scaled_dot_product_attention with a mask, dropout or grouping has no converter"
+        )
+    q, k, v = g.tensor(query), g.tensor(key), g.tensor(value)
+    if scale is None:
+        channels = g.size(q, -1)
+        if not isinstance(channels, int):
+            raise ConversionError("attention over an unknown number of channels has no converter")
+        scale = channels**-0.5
+    return _attention(g, q, k, v, scale)
+
+
+@converts("mask2former.modeling.shape_ops.window_attention")
+def window_attention(g, result, q, k, v, bias, mask, scale, dropout=0.0):
+    terms = [g.tensor(bias, 5)]
+    if mask is not None:
+        m = g.tensor(mask)  # (windows, N, N) -> (1, windows, 1, N, N)
+        terms.append(g.reshape(m, [1, g.size(m, 0), 1, m.shape[1], m.shape[2]]))
+    return _attention(g, g.tensor(q), g.tensor(k), g.tensor(v), scale, terms)
+
+
+@converts(_CORE + "attention_mask")
+def attention_mask(g, result, mask_logits):
+    return _blocked(g, g.tensor(mask_logits))
+
+
+def _blocked(g, logits, **types):
+    """attention_core.attention_mask: (B, Q, K) mask logits -> (B, 1, Q, K) bool."""
+    zero = g.tensor(0.0, 3)
+    blocked = g.elementwise("LESS", logits, zero, **types)
+
+    def largest(x):
+        return g.network.add_reduce(x, g.trt.ReduceOperation.MAX, 1 << 2, True)
+
+    # A row is blocked everywhere where its largest logit is.
+    some = g.unary("NOT", g.elementwise("LESS", g.emit(largest, logits, **types), zero, **types))
+    mask = g.elementwise("AND", blocked, some)
+    return g.reshape(mask, [g.size(mask, 0), 1, mask.shape[1], g.size(mask, 2)])
+
+
+@converts(_CORE + "masked_attention")
+def masked_attention(g, result, q, keys, values, part, mask_embed, mask_features, num_heads):
+    """The plugin takes keys and values of all layers of a level, so that nothing is cut out of them."""
+    channels, mask_dim = q.shape[2], mask_embed.shape[2]
+    q, keys, values, mask_embed, mask_features = map(g.tensor, (q, keys, values, mask_embed, mask_features))
+    dtype, types = _precision(g, num_heads, channels // num_heads, mask_dim)
+    if dtype is not None:
+        inputs = [g.cast(t, dtype) for t in (q, keys, values)]
+        # In half precision the embedding would have fewer bits than its product with the features has.
+        inputs += [g.cast(mask_embed, torch.float32), g.cast(mask_features, dtype)]
+        return _plugin(g, inputs, dtype, num_heads, masked=1, part=part)
+    blocked = _blocked(g, g.matmul(mask_embed, mask_features, transpose_b=True, **types), **types)
+    k, v = (_columns(g, t, part, channels) for t in (keys, values))
+    return _native(g, q, k, v, num_heads, blocked, **types)
+
+
+@converts(_CORE + "self_attention")
+def self_attention(g, result, qkv, num_heads):
+    channels = qkv.shape[2] // 3
+    qkv = g.tensor(qkv)
+    dtype, types = _precision(g, num_heads, channels // num_heads)
+    if dtype is not None:
+        return _plugin(g, [g.cast(qkv, dtype)], dtype, num_heads, masked=0, part=0)
+    q, k, v = (_columns(g, qkv, part, channels) for part in range(3))
+    return _native(g, q, k, v, num_heads, **types)
+
+
+def _precision(g, heads: int, dim: int, mask_dim: int = 0):
+    """The plugin's type, or None and types for `emit`: what computes attention in the module that is traced.
+
+    The plugin has half precision alone. Where it is to be used and has no code for the sizes, TensorRT's layers compute in
+    float32: that the decoder may be in half precision rests on the plugin's float32 sums.
+    """
+    dtype = g.compute_dtype(g.current_module())
+    if g.attention != "plugin" or dtype not in attention_cuda.DTYPES:
+        return None, {}
+    if attention_cuda.supported(heads, dim, mask_dim):
+        return dtype, {}
+    logger.warning(
+        "%s has no code for %d heads of %d channels with a mask of %d: %s gets TensorRT's own layers, in float32",
+        plugin.ATTENTION.name,
+        heads,
+        dim,
+        mask_dim,
+        g.current_module(),
+    )
+    return None, {"compute": torch.float32, "out": torch.float32}
+
+
+def _plugin(g, inputs, dtype, heads: int, masked: int, part: int):
+    fields = {"type": dtype, "heads": heads, "masked": masked, "part": part}
+    return plugin.add_layer(g.network, plugin.ATTENTION, inputs, fields).get_output(0)
+
+
+def _columns(g, t, part: int, channels: int):
+    """Channels part * channels and on of (B, N, n * channels)."""
+    if t.shape[2] == channels:
+        return t
+    return g.slice(t, [0, 0, part * channels], [g.size(t, 0), g.size(t, 1), channels])
+
+
+def _native(g, q, k, v, heads: int, blocked=None, **types):
+    """attention_core.reference by TensorRT's layers."""
+    channels = q.shape[2]
+    dim = channels // heads
+
+    def split(t):  # (B, N, C) -> (B, heads, N, D)
+        t = g.reshape(t, [g.size(t, 0), g.size(t, 1), heads, dim])
+        return g.transpose(t, (0, 2, 1, 3))
+
+    out = _attention(g, split(q), split(k), split(v), dim**-0.5, blocked=blocked, **types)
+    out = g.transpose(out, (0, 2, 1, 3))
+    return g.reshape(out, [g.size(out, 0), g.size(out, 1), channels])

@@ -1,0 +1,218 @@
+"""The decoder's attention in a network: our plugin's layers, TensorRT's own, and which of them where.
+
+On a CPU the network is the double of tests/doubles, for each version of TensorRT's bindings; tests marked `tensorrt` need
+the library of csrc/trt_plugin, built for the TensorRT in use.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from d2_trt import builder, compat, plugin
+from d2_trt.builder import BuildSpec, precision_policy
+from mask2former.modeling.transformer_decoder import attention_core
+from tests.d2_trt.test_conversion import (  # noqa: F401
+    DYNAMIC,
+    OTHERS,
+    STATIC,
+    TRACED,
+    errors,
+    model,
+    random_images,
+    trace,
+)
+from tests.d2_trt.test_plugin import plugin_layers, registered  # noqa: F401
+from tests.doubles.fake_tensorrt import build_network
+from tests.doubles.fixtures import trt_double as trt  # noqa: F401
+from tests.doubles.trt_api import Refused
+from tests.golden import MINI_MODELS, mini_model, relative_error
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+PREDICTOR = "model.sem_seg_head.predictor"
+
+
+def with_attention(shapes, precision="fp16", **others) -> BuildSpec:
+    pins = builder.default_fp32_modules("plugin")
+    return BuildSpec(**shapes, attention="plugin", precision=precision, fp32_modules=pins, **others)
+
+
+def attention_layers(network) -> list:
+    return [layer for layer in plugin_layers(network) if "predictor" in layer.name]
+
+
+@pytest.mark.parametrize("shapes", [DYNAMIC, STATIC], ids=["dynamic", "static"])
+def test_decoder_with_our_plugin_stays_near_pytorch(registered, model, shapes, monkeypatch):  # noqa: F811
+    network = trace(registered, builder.Core(model), with_attention(shapes), monkeypatch)
+    layers = attention_layers(network)
+    names = [layer.name.split(":")[0].removeprefix(f"{PREDICTOR}.transformer_") for layer in layers]
+    assert names == [
+        f"{kind}_attention_layers.{i}.{module}"
+        for i in range(3)
+        for kind, module in (("cross", "multihead_attn"), ("self", "self_attn"))
+    ]
+    kinds = [row["kind"] for row in network.precisions() if "attention_layers" in row["name"]]
+    assert not {"SOFTMAX", "SELECT", "SLICE"} & set(kinds)
+    for shape in (TRACED, *OTHERS, (1, 3, 64, 64)) if shapes is DYNAMIC else (TRACED,):
+        assert max(errors(network, model, shape)) < 0.1, shape
+
+
+def test_plugin_gets_the_mask_embedding_in_float32(registered, model, monkeypatch):  # noqa: F811
+    network = trace(registered, builder.Core(model), with_attention(STATIC), monkeypatch)
+    half, single = "HALF", "FLOAT"
+    for layer in attention_layers(network):
+        types = [layer.get_input(i).dtype.name for i in range(layer.num_inputs)]
+        assert types == ([half, half, half, single, half] if "cross" in layer.name else [half])
+        assert layer.get_output(0).dtype.name == half
+
+
+def test_layers_of_a_level_share_keys_values_and_features(registered, monkeypatch):  # noqa: F811
+    deeper = mini_model("resnet50-mini").cpu()
+    predictor = deeper.sem_seg_head.predictor
+    kinds = ("cross_attention_layers", "self_attention_layers", "ffn_layers")
+    for kind in kinds:  # each layer twice: six layers, two a level
+        layers = getattr(predictor, f"transformer_{kind}")
+        layers.extend([type(layer)(64, *_sizes(layer)) for layer in layers])
+    predictor.num_layers = 6
+    network = trace(registered, builder.Core(deeper.eval()), with_attention(STATIC), monkeypatch)
+    layers = [layer for layer in attention_layers(network) if "cross" in layer.name]
+    assert [layer.plugin._ours.fields["part"] for layer in layers] == [0, 0, 0, 1, 1, 1]
+    for first, second in zip(layers[:3], layers[3:]):
+        for shared in (1, 2, 4):
+            assert first.get_input(shared).name == second.get_input(shared).name
+    assert max(errors(network, deeper, TRACED)) < 0.1
+
+
+def _sizes(layer) -> tuple[int, ...]:
+    return (128,) if hasattr(layer, "linear1") else (8,)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_float32_keeps_tensorrts_own_layers(registered, model, precision, monkeypatch):  # noqa: F811
+    network = trace(registered, builder.Core(model), with_attention(DYNAMIC, precision), monkeypatch)
+    assert not attention_layers(network)
+    for shape in (TRACED, OTHERS[0]):
+        assert max(errors(network, model, shape)) < 1e-4, shape
+
+
+def test_bfloat16_decoder(registered, model, monkeypatch):  # noqa: F811
+    if not compat.strongly_typed():
+        pytest.skip("bfloat16 needs TensorRT 10")
+    network = trace(registered, builder.Core(model), with_attention(STATIC, "bf16"), monkeypatch)
+    layers = attention_layers(network)
+    assert layers and all(layer.get_input(0).dtype.name == "BF16" for layer in layers)
+    assert max(errors(network, model, TRACED)) < 0.5
+
+
+def test_heads_that_the_plugin_has_no_code_for_get_float32_layers(registered, monkeypatch, caplog):  # noqa: F811
+    model = mini_model("resnet50-mini").cpu()  # noqa: F811
+    for layer in model.modules():
+        if hasattr(layer, "in_proj_weight"):
+            layer.num_heads = 16  # of 4 channels
+    network = trace(registered, builder.Core(model), with_attention(DYNAMIC), monkeypatch)
+    assert not attention_layers(network)
+    assert "D2TRTAttention has no code for 16 heads of 4 channels with a mask of 64" in caplog.text
+    computed = {row["kind"]: set() for row in network.precisions()}
+    for row in network.precisions():
+        if "attn" in row["name"] and row["name"].startswith(PREDICTOR):
+            computed[row["kind"]].add(row["compute"])
+    assert computed["SOFTMAX"] == {"FLOAT"} and computed["SELECT"] <= {"FLOAT", ""}
+    assert max(errors(network, model, OTHERS[0])) < 0.1
+
+
+def test_what_decides_a_mask_is_kept_in_float32():
+    policy = precision_policy(with_attention(STATIC))
+    whole, part = "model.sem_seg_head.predictor", "model.sem_seg_head.predictor."
+    for name in (
+        whole,
+        part + "decoder_norm",
+        part + "mask_embed.layers.2",
+        part + "class_embed",
+        part + "pe_layer",
+    ):
+        assert policy(name) == F32, name
+    for name in (
+        "pixel_memory",
+        "transformer_cross_attention_layers.0.multihead_attn",
+        "transformer_ffn_layers.2.norm",
+    ):
+        assert policy(part + name) == F16, name
+    native = precision_policy(
+        BuildSpec(**STATIC, precision="fp16", fp32_modules=builder.default_fp32_modules("native"))
+    )
+    assert native(part + "transformer_ffn_layers.2.norm") == F32
+
+
+# One layer
+
+
+def small_network(trt, dtype, masked: int, part: int = 0, heads: int = 2):  # noqa: F811
+    """A network of one plugin layer over inputs: 5 queries of 32 channels, 12 keys, two layers' keys and values."""
+    network = build_network(trt)
+    half = {F32: trt.float32, F16: trt.float16, BF16: getattr(trt, "bfloat16", trt.float16)}[dtype]
+    shapes = {"q": (2, 5, 32), "k": (2, 12, 64), "v": (2, 12, 64), "e": (2, 5, 32), "f": (2, 12, 32)}
+    if not masked:
+        shapes = {"q": (2, 5, 96)}
+    inputs = [
+        network.add_input(name, trt.float32 if name == "e" else half, shape) for name, shape in shapes.items()
+    ]
+    fields = {"type": dtype, "heads": heads, "masked": masked, "part": part}
+    network.mark_output(plugin.add_layer(network, plugin.ATTENTION, inputs, fields).get_output(0))
+    rng = torch.Generator().manual_seed(0)
+    values = {
+        name: torch.randn(shape, generator=rng).to(F32 if name == "e" else dtype)
+        for name, shape in shapes.items()
+    }
+    return network, values
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_masked_layer_computes_the_definition(registered, part):  # noqa: F811
+    network, values = small_network(registered, F16, 1, part)
+    network.check()
+    (out,) = network.evaluate(values).values()
+    q, k, v, embed, features = (x.float() for x in values.values())
+    k, v = k[..., 32 * part : 32 * part + 32], v[..., 32 * part : 32 * part + 32]
+    assert (
+        out.dtype == F16 and relative_error(out, attention_core.reference(q, k, v, 2, embed, features)) < 2e-3
+    )
+
+
+def test_self_attention_layer_computes_the_definition(registered):  # noqa: F811
+    network, values = small_network(registered, F16, 0)
+    network.check()
+    (out,) = network.evaluate(values).values()
+    assert relative_error(out, attention_core.reference(*values["q"].float().chunk(3, 2), 2)) < 2e-3
+
+
+def test_what_the_plugin_does_not_have(registered):  # noqa: F811
+    for wrong in ({"dtype": F32}, {"masked": 0, "part": 1}, {"heads": 0}):
+        arguments = {"dtype": F16, "masked": 1, **wrong}
+        with pytest.raises(ValueError, match=f"{plugin.ATTENTION.name} is not to be had with type"):
+            small_network(registered, **arguments)
+    network, values = small_network(registered, F16, 1, part=2)
+    with pytest.raises(Refused, match="k is"):
+        network.evaluate(values)
+
+
+# Real engines
+
+
+@pytest.mark.tensorrt
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MINI_MODELS)
+def test_real_engine_with_our_plugin_serves_every_size(name):
+    from d2_trt.engine import Engine
+
+    model = mini_model(name)  # noqa: F811
+    spec = with_attention(DYNAMIC, opt_level=0, msda="plugin")
+    plan, report, _ = builder.build_engine(model, spec, random_images(TRACED).cuda())
+    assert sum("predictor" in layer for layer in report.plugin_layers) >= 6
+    engine = Engine(plan, torch.device("cuda"))
+    for shape in (TRACED, *OTHERS, (1, 3, 256, 224), (1, 3, 64, 64)):
+        images = random_images(shape).cuda()
+        with torch.no_grad():
+            expected = model.core(images)
+        for actual, wanted in zip(engine(images), expected):
+            assert relative_error(actual, wanted) < 0.1, shape

@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+"""Microseconds per call of the attention kernels of csrc/attention, against PyTorch's own operations and the GPU's limit.
+
+    python tools/benchmark_attention.py --dtype float16
+
+Calls are captured in one CUDA graph, so that launching costs what it costs in an engine's graph; the median of the rounds
+counts. `limit` is the time that the arithmetic alone takes at the dense 16-bit rate of --tflops (989: H100, H200).
+Masks are made so that a query may attend to about `--share` of the keys: tiles that no query needs are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mask2former.modeling.transformer_decoder import attention_core, attention_cuda
+
+HEADS, CHANNELS, MASK_DIM = 8, 256, 256
+
+
+def time_us(function, calls: int, rounds: int) -> float:
+    """Median microseconds of one call, of `rounds` replays of a graph of `calls`."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    times = []
+    for _ in range(rounds + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / calls)
+    return statistics.median(times[2:])
+
+
+def masked_inputs(batch: int, queries: int, keys: int, dtype: torch.dtype, share: float) -> dict:
+    rng = torch.Generator(device="cuda").manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=rng, device="cuda")
+
+    # Along one direction each query's mask is a run of neighbouring keys, as masks of objects are; the rest is noise.
+    embed, features = random(batch, queries, MASK_DIM) * 0.01, random(batch, keys, MASK_DIM) * 0.01
+    position = torch.linspace(0, 1, keys, device="cuda")
+    centers = torch.linspace(0, 1, queries, device="cuda")
+    # (share / 2) ** 2 - (position - center) ** 2 is a product of (1, position, position ** 2) and coefficients.
+    embed[:, :, :3] = torch.stack([(share / 2) ** 2 - centers**2, 2 * centers, -torch.ones_like(centers)], 1)
+    features[:, :, :3] = torch.stack([torch.ones_like(position), position, position**2], 1)
+    embed[:, :, 3:] *= share
+    return {
+        "q": random(batch, queries, CHANNELS).to(dtype),
+        "k": random(batch, keys, 3 * CHANNELS).to(dtype)[..., :CHANNELS],
+        "v": random(batch, keys, 3 * CHANNELS).to(dtype)[..., :CHANNELS],
+        "num_heads": HEADS,
+        "mask_embed": embed,
+        "mask_features": features.to(dtype),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--queries", type=int, default=100)
+    parser.add_argument("--tflops", type=float, default=989.0, help="the GPU's dense 16-bit rate")
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.05])
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    print(
+        f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, {args.dtype}, {args.queries} queries"
+    )
+    print(
+        f"{'what':>8} {'batch':>5} {'keys':>6} {'share':>6} {'us':>8} {'PyTorch':>8} {'limit':>6} {'of it':>6}"
+    )
+    with torch.no_grad():
+        for batch in (1, 8):
+            for keys in (850, 3400, 13600):
+                for share in args.shares:
+                    given = masked_inputs(batch, args.queries, keys, dtype, share)
+                    # Logits and values, and the mask's product with both halves of its embedding.
+                    work = 2 * batch * args.queries * keys * (2 * CHANNELS + 2 * MASK_DIM)
+                    _row("masked", batch, keys, share, given, work, args)
+            x = torch.randn(batch, args.queries, 3 * CHANNELS, device="cuda").to(dtype)
+            q, k, v = x.split(CHANNELS, 2)
+            work = 4 * batch * args.queries**2 * CHANNELS
+            _row("self", batch, args.queries, 1.0, {"q": q, "k": k, "v": v, "num_heads": HEADS}, work, args)
+
+
+def _row(what: str, batch: int, keys: int, share: float, given: dict, work: float, args) -> None:
+    ours = time_us(lambda: attention_cuda.attention(**given), 20, 15)
+    theirs = time_us(lambda: attention_core.reference(**given), 5, 10)
+    limit = work / args.tflops / 1e6
+    print(
+        f"{what:>8} {batch:>5} {keys:>6} {share:>6} {ours:>8.2f} {theirs:>8.2f} {limit:>6.2f} {limit / ours:>6.1%}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
