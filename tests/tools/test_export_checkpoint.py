@@ -1,0 +1,106 @@
+"""tools/export_checkpoint.py: half the precision, the same model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import export_checkpoint
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+
+from mask2former import get_mask2former_cfg
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs/shapes/maskformer2_mini_shapes.yaml"
+
+
+def new_model(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    model = build_model(get_mask2former_cfg(CONFIG, ["MODEL.DEVICE", "cpu"])).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 2)
+            module.running_mean.normal_()
+            module.num_batches_tracked.fill_(4000)
+    # A channel that is always zero, as training leaves some: less than half precision holds.
+    model.backbone.stem.conv1.norm.running_var[0] = 1e-9
+    return model
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A folder as training leaves it, and the model of its checkpoint."""
+    model = new_model(0)
+    optimizer = {"optimizer": {"state": torch.zeros(1000)}}
+    torch.save({"model": model.state_dict(), "trainer": optimizer, "iteration": 9}, tmp_path / "model_9.pth")
+    (tmp_path / "last_checkpoint").write_text("model_9.pth")
+    return tmp_path, model
+
+
+def test_exported_model_is_the_trained_one_in_half_precision(trained, tmp_path, capsys):
+    folder, model = trained
+    assert export_checkpoint.main([str(folder), str(tmp_path / "out" / "half.pth")]) == 0
+    assert "0.9 million values" in capsys.readouterr().out
+    saved = torch.load(tmp_path / "out" / "half.pth", weights_only=True)
+    assert set(saved) == {"model"}
+    size = (tmp_path / "out" / "half.pth").stat().st_size
+    assert size < 0.6 * (folder / "model_9.pth").stat().st_size
+
+    other = new_model(1)
+    DetectionCheckpointer(other).load(str(tmp_path / "out" / "half.pth"))
+    for name, value in model.state_dict().items():
+        got = other.state_dict()[name]
+        assert got.dtype == value.dtype
+        rounded = value.half().float() if value.dim() > 1 else value
+        assert torch.equal(got, rounded), name
+    images = 255 * torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        for one, two in zip(model.core(images), other.core(images)):
+            assert (one - two).norm() < 0.02 * one.norm()
+
+
+def test_parts_are_the_file(trained, tmp_path, monkeypatch):
+    target = tmp_path / "half.pth"
+    (tmp_path / "half.pth.07").write_bytes(b"of an earlier, larger file")
+    assert export_checkpoint.main([str(trained[0]), str(target), "--split-mib", "1"]) == 0
+    parts = sorted(tmp_path.glob("half.pth.*"))
+    assert [p.name for p in parts] == ["half.pth.00", "half.pth.01"]
+    assert [p.stat().st_size <= 2**20 for p in parts] == [True, True]
+    assert b"".join(p.read_bytes() for p in parts) == target.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (1e6, "goes to 1e+06, more than the 65504"),
+        (float("nan"), "NaN or infinite values: this training has failed"),
+    ],
+)
+def test_values_that_half_precision_does_not_hold_are_refused(trained, tmp_path, capsys, value, message):
+    path = trained[0] / "model_9.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    name = "sem_seg_head.predictor.query_feat.weight"
+    checkpoint["model"][name][0, 0] = value
+    torch.save(checkpoint, path)
+    assert export_checkpoint.main([str(path), str(tmp_path / "half.pth")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("export_checkpoint.py: ") and name in error and message in error
+    assert not (tmp_path / "half.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["gone.pth", "x.pth"], "there is no file gone.pth"),
+        ([".", "x.pth"], "has no last_checkpoint"),
+        (["other.pth", "x.pth"], "holds no weights of a model"),
+        (["other.pth", "x.pth", "--split-mib", "0"], "--split-mib 0: must be at least 1"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"metrics": 3}, tmp_path / "other.pth")
+    assert export_checkpoint.main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x.pth").exists()

@@ -1,0 +1,87 @@
+"""tools/train_shapes.py: data, limit and resuming in one command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import train_shapes
+
+from mask2former import get_mask2former_cfg
+from mask2former.data.datasets.shapes_files import ShapesOptions
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What would be drawn and run."""
+    made = []
+    monkeypatch.setattr(
+        train_shapes, "make_shapes_dataset", lambda root, options: bool(made.append((root, options)))
+    )
+    monkeypatch.setattr(train_shapes.train_net, "run", lambda words: made.append(words) or 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return made
+
+
+def test_command_draws_and_hands_the_rest_to_train_net(calls):
+    arguments = ["--model", "r50", "--resume", "--time-limit", "300", "--max-iter", "70", "--images", "5"]
+    assert train_shapes.main([*arguments, "SOLVER.BASE_LR", "0.001"]) == 0
+    (root, options), words = calls
+    assert root == train_shapes.shapes_root() and options == ShapesOptions(train=5)
+    assert words[:3] == ["--config-file", str(train_shapes.CONFIGS["r50"]), "--resume"]
+    assert 290 < int(words[words.index("--time-limit") + 1]) <= 300
+    args = train_shapes.train_net.build_parser().parse_args(words)
+    cfg = get_mask2former_cfg(args.config_file, args.opts)
+    assert cfg.OUTPUT_DIR == "output/shapes_r50" and cfg.MODEL.DEVICE == "cuda"
+    assert cfg.SOLVER.MAX_ITER == 70 and cfg.SOLVER.BASE_LR == 0.001
+    assert 1 <= cfg.DATALOADER.NUM_WORKERS <= 12
+
+
+@pytest.mark.parametrize("model", ["r50", "small"])
+def test_recipes_train_from_nothing_and_anneal_to_their_end(calls, model):
+    assert train_shapes.main(["--model", model]) == 0
+    args = train_shapes.train_net.build_parser().parse_args(calls[1])
+    assert args.time_limit is None and not args.resume
+    cfg = get_mask2former_cfg(args.config_file, args.opts)
+    assert cfg.MODEL.WEIGHTS == "" and cfg.MODEL.RESNETS.NORM == "BN"
+    assert cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR" and cfg.SOLVER.BACKBONE_MULTIPLIER == 1.0
+    # More queries than a scene has segments.
+    assert cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES > 20
+
+
+def test_data_that_cannot_be_drawn_stops_it(calls, capsys, monkeypatch):
+    assert train_shapes.main(["--model", "small", "--images", "0"]) == 2
+    assert "each split needs at least one image" in capsys.readouterr().err and calls == []
+
+
+@pytest.mark.slow
+def test_training_stops_in_time_and_goes_on(tmp_path):
+    """The command as it is given, from an empty folder, on the CPU."""
+    opts = (
+        "SOLVER.IMS_PER_BATCH 2 INPUT.IMAGE_SIZE 64 MODEL.MASK_FORMER.TRAIN_NUM_POINTS 64 DATASETS.TEST () "
+    )
+    opts += "SOLVER.AMP.ENABLED False DATALOADER.NUM_WORKERS 1"
+    command = [sys.executable, str(REPO / "tools/train_shapes.py"), "--model", "small", "--images", "3"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment.pop("DETECTRON2_DATASETS", None)
+
+    def run(*arguments: str) -> str:
+        words = [*command, *arguments, "--max-iter", "3", *opts.split()]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    first = run("--time-limit", "1")
+    assert "drew 3 training and 100 validation images in datasets/shapes" in first
+    assert "the time limit is reached after 1 of 3 iterations" in first
+    folder = tmp_path / "output" / "shapes_small"
+    assert (folder / "last_checkpoint").read_text() == "model_0000000.pth"
+    second = run("--resume")
+    assert "found 3 training" in second and "Starting training from iteration 1" in second
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
