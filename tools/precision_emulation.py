@@ -1,15 +1,17 @@
 """Half precision emulated in PyTorch: what an engine with given FP32_MODULES computes, as nearly as rounding shows it.
 
 As in the engine, an operation has the precision of the module that runs it. A half one has its inputs and its output rounded
-to half, and is computed in float32 between: half tensors, float32 sums. What TensorRT does beside that is not in it: kernels
-with half sums, fused operations that round less often, constants folded before they are rounded. An engine has to confirm.
+to half, and is computed in float32 between: half tensors, float32 sums. What our plugins compute is one operation. What
+TensorRT does beside that is not in it: kernels with half sums, operations that it fuses and so rounds less often, constants
+that it folds before it rounds them. An engine has to confirm.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +20,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mask2former.modeling import fused_ops
 from mask2former.modeling.pixel_decoder.ms_deform_attn import MSDeformAttnCore
+from mask2former.modeling.transformer_decoder import attention_core
 from mask2former.modeling.transformer_decoder.position_encoding import PositionEmbeddingSine
 
 # Float32 in an engine whatever FP32_MODULES says: their converters compute so.
@@ -64,6 +68,10 @@ class ModuleStack(contextlib.ExitStack):
         """Path of the innermost module that runs, "" for the model itself."""
         return self._running[-1]
 
+    def path(self, module: nn.Module) -> str:
+        """Path of a module."""
+        return self._names[module]
+
     @property
     def always_float32(self) -> bool:
         """Whether that is in one of ALWAYS_FLOAT32."""
@@ -85,15 +93,36 @@ class ModuleStack(contextlib.ExitStack):
 
 
 @contextlib.contextmanager
-def emulated(model: nn.Module, is_low: Callable[[str], bool], dtype: torch.dtype) -> Iterator[None]:
+def emulated(
+    model: nn.Module, is_low: Callable[[str], bool], dtype: torch.dtype, plugins: Collection[str] = ()
+) -> Iterator[None]:
     """While entered, a model's float32 modules that `is_low` names compute as in half precision.
 
     Args:
         model: MaskFormer, in evaluation mode.
         is_low: path of a module, as in named_modules() -> whether its own operations are in half precision.
         dtype: float16 or bfloat16.
+        plugins: what our plugins compute. "attention" and "normalization" are emulated as they do it; the sampling of
+            deformable attention ("msda") is in float32 with any of its means.
     """
-    with ModuleStack(model) as stack, _Rounding(stack, is_low, dtype):
+    with (
+        ModuleStack(model) as stack,
+        _Rounding(stack, is_low, dtype) as rounding,
+        contextlib.ExitStack() as patches,
+    ):
+        wrapped = []
+        if "attention" in plugins:
+            wrapped += [
+                (attention_core, name, rounding.attention) for name in ("masked_attention", "self_attention")
+            ]
+        if "normalization" in plugins:
+            wrapped += [
+                (fused_ops, name, rounding.norm) for name in ("residual_layer_norm", "group_norm_relu")
+            ]
+        for module, name, wrapper in wrapped:
+            original = getattr(module, name)
+            patches.callback(setattr, module, name, original)
+            setattr(module, name, functools.partial(wrapper, original))
         yield
 
 
@@ -104,10 +133,12 @@ class _Rounding(TorchFunctionMode):
         self._is_low = is_low
         self._known: dict[str, bool] = {}
         self._dtype = dtype
+        self._in_plugin = False
 
     def __torch_function__(self, func, _, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not computes(func) or self._stack.always_float32 or not self._low(self._stack.name):
+        exact = self._in_plugin or self._stack.always_float32 or not computes(func)
+        if exact or not self._low(self._stack.name):
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
@@ -119,6 +150,27 @@ class _Rounding(TorchFunctionMode):
         if _in_place(func):
             return args[0].copy_(out)
         return out
+
+    def attention(self, original: Callable, *args) -> Tensor:
+        """attention_core's functions by our plugin: all is taken in half but the mask embedding, and summed in float32."""
+        if not self._low(self._stack.name):
+            return original(*args)
+        embedding = 4 if original.__name__ == "masked_attention" else None
+        return self._round(
+            self._plugin(original, *(x if i == embedding else self._round(x) for i, x in enumerate(args)))
+        )
+
+    def norm(self, original: Callable, *args) -> Tensor:
+        """fused_ops' functions by our plugin: what comes is taken as it is, and the norm's precision is the output's."""
+        out = self._plugin(original, *args)
+        return self._round(out) if self._low(self._stack.path(args[-1])) else out
+
+    def _plugin(self, original: Callable, *args) -> Tensor:
+        self._in_plugin = True
+        try:
+            return original(*args)
+        finally:
+            self._in_plugin = False
 
     def _low(self, name: str) -> bool:
         if name not in self._known:
@@ -203,7 +255,7 @@ class _Meter(TorchFunctionMode):
             entry.float32_ms += float32_ms
             try:
                 entry.half_ms += self._time(func, args, kwargs, self._dtype)
-            except RuntimeError:  # of which NotImplementedError is one
+            except (RuntimeError, ValueError, TypeError):
                 entry.half_ms += float32_ms
         return func(*args, **kwargs)
 

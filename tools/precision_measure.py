@@ -27,13 +27,15 @@ from precision_emulation import emulated, operation_times
 from precision_images import search_batches, source_name
 from precision_strategy import Block, find_blocks, shortened
 
-from d2_trt.builder import pattern_covers
+from d2_trt import plugin
+from d2_trt.builder import default_fp32_modules, pattern_covers
 from d2_trt.errors import MissingDependencyError
+from d2_trt.options import TensorRTOptions
 from d2_trt.parity import Comparison, exact_float32
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 IDENTITY = (
-    *("config", "overrides", "checkpoint", "source", "images", "sizes", "batch"),
+    *("config", "overrides", "checkpoint", "source", "images", "sizes", "batch", "plugins"),
     *("how", "precision", "opt_level", "fp32_modules", *MACHINE),
 )
 FIELDS = (
@@ -56,6 +58,8 @@ class PrecisionSearch:
         self._args, self._cfg, self._file = args, cfg, file
         self._device = cfg.MODEL.DEVICE
         self._sizes = args.size or [(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
+        self._plugins = plugins_of(TensorRTOptions.from_cfg(cfg))
+        self.built_in = default_fp32_modules("plugin" if "attention" in self._plugins else "native")
         self._model = load_model(cfg)
         self._batches = search_batches(
             cfg, self._model, self._sizes, max(args.batch), args.images, args.input
@@ -70,6 +74,7 @@ class PrecisionSearch:
             "images": sum(len(images) for images in self._batches) // len(self._sizes),
             "sizes": " ".join(f"{low}/{high}" for low, high in self._sizes),
             "batch": " ".join(map(str, args.batch)),
+            "plugins": " ".join(self._plugins),
             **machine(self._device),
             "date": today(),
             "weights": os.path.basename(cfg.MODEL.WEIGHTS),
@@ -119,7 +124,7 @@ class PrecisionSearch:
             with (
                 torch.no_grad(),
                 pytorch_precision("tf32", self._device),
-                emulated(self._model, is_low, DTYPES[self._args.precision]),
+                emulated(self._model, is_low, DTYPES[self._args.precision], self._plugins),
             ):
                 numbers = self._compare(self._model.core)
             row = self._file.add({**columns, **(times or {}), **numbers, "status": "ok"})
@@ -175,6 +180,20 @@ class PrecisionSearch:
         for images, expected in zip(self._batches, self._expected):
             comparison.add(network(images), expected)
         return {name: number(value) for name, value in comparison.numbers().items()}
+
+
+def plugins_of(options: TensorRTOptions) -> list[str]:
+    """What our plugins compute in engines of these options, in words of plugin.OPTIONS, in lower case."""
+    ours = []
+    for option in plugin.OPTIONS:
+        choice = getattr(options, option.lower())
+        try:
+            used = plugin.resolve(option, choice)
+        except MissingDependencyError:
+            used = choice  # asked for, and here is no TensorRT to have it
+        if used == "plugin":
+            ours.append(option.lower())
+    return ours
 
 
 def agreement(row: Mapping[str, str]) -> dict[str, float]:

@@ -35,7 +35,6 @@ from precision_measure import DTYPES, EVERYTHING, FIELDS, IDENTITY, PrecisionSea
 from precision_report import blocks_table, config_text, sets_table
 from precision_strategy import Block, Wanted, ranked, search
 
-from d2_trt.builder import DEFAULT_FP32_MODULES
 from d2_trt.errors import MissingDependencyError
 from d2_trt.options import TensorRTOptions
 
@@ -145,7 +144,7 @@ def confirm(
             pinned = [*pinned, rest.pop(0)]
             if wanted.damage(searcher.emulate_blocks(pinned)) <= target:
                 break
-    others = [list(DEFAULT_FP32_MODULES), [], None]
+    others = [searcher.built_in, [], None]
     for patterns in others[:engines]:
         searcher.engine(patterns)
     return confirmed
@@ -174,7 +173,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         say(f"not reached with everything in float32, products in TF32: {wanted}. Trying without a margin")
         wanted = Wanted(verify)
     searcher.emulate([])
-    searcher.emulate(DEFAULT_FP32_MODULES)
+    searcher.emulate(searcher.built_in)
     chosen = search(blocks, searcher.emulate_blocks, wanted) if wanted.reached(float32) else None
     found, how = chosen, "emulated"
     problem = ""
@@ -189,7 +188,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     named = [
         ("everything", EVERYTHING),
         ("nothing", ""),
-        ("built-in", " ".join(DEFAULT_FP32_MODULES)),
+        ("built-in", " ".join(searcher.built_in)),
         ("found", " ".join(searcher.patterns(final))),
     ]
     print(sets_table([row for row in file.rows if searcher.is_ours(row)], named))

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from d2_trt import builder
 from d2_trt.builder import BuildSpec, precision_policy
+from mask2former.modeling import fused_ops
+from mask2former.modeling.transformer_decoder import attention_core
 from mask2former.modeling.transformer_decoder.position_encoding import PositionEmbeddingSine
 from tests.d2_trt.test_conversion import STATIC, TRACED, random_images, trace
 from tests.doubles.fake_tensorrt import use_tensorrt
@@ -105,6 +107,41 @@ def test_position_encoding_is_always_float32():
     assert not torch.equal(out, half(out))
 
 
+def test_attention_of_our_plugin_is_one_operation_with_an_exact_mask_embedding():
+    rng = torch.Generator().manual_seed(5)
+    q, keys, values, embed, features = (torch.randn(1, n, 8, generator=rng) * 4 for n in (3, 9, 9, 3, 9))
+    net = Net(lambda net, x: attention_core.masked_attention(q, keys, values, 0, embed, features, 2))
+    with torch.no_grad():
+        with emulated(net, lambda name: True, HALF, ["attention"]):
+            plugin = net.core(q)
+        with emulated(net, lambda name: True, HALF):
+            layers = net.core(q)
+        with emulated(net, lambda name: False, HALF, ["attention"]):
+            assert torch.equal(
+                net.core(q), attention_core.masked_attention(q, keys, values, 0, embed, features, 2)
+            )
+        rounded = (half(q), half(keys), half(values), 0, embed, half(features), 2)
+        assert torch.equal(plugin, half(attention_core.masked_attention(*rounded)))
+    assert not torch.equal(plugin, layers)
+
+
+def test_norm_of_our_plugin_rounds_as_its_norm_says():
+    norm = nn.LayerNorm(6)
+
+    def function(net, x):
+        return fused_ops.residual_layer_norm(x, x * 100, norm)
+
+    net = Net(function)
+    net.normalise = norm  # a module of the model
+    x = torch.rand(2, 6)
+    with torch.no_grad():
+        whole, mixed = half(norm(x + x * 100)), norm(x + half(half(x) * 100))
+        with emulated(net, lambda name: name == "normalise", HALF, ["normalization"]):
+            assert torch.equal(net.core(x), whole)
+        with emulated(net, lambda name: name == "", HALF, ["normalization"]):
+            assert torch.equal(net.core(x), mixed)
+
+
 def test_overflow_shows():
     out, _, _ = run(lambda net, x: x * 1e6)
     assert out.isinf().all()
@@ -149,8 +186,8 @@ def test_pinned_modules_of_a_model_are_exact():
 @pytest.mark.slow
 @pytest.mark.parametrize("pins", [(), ("sem_seg_head.predictor*",), ("=sem_seg_head.predictor", "backbone")])
 def test_error_is_that_of_the_network_with_the_same_pins(pins, monkeypatch):
-    """The double of TensorRT 8.6 computes each layer in its type. The two differ in the sums' order and in where attention
-    masks flip, so the size of the errors is compared."""
+    """The double of TensorRT 8.6 computes each layer in its type. Sums in another order, and pixels at which an attention
+    mask flips, make other numbers of it: the size of most errors is compared."""
     model = mini_model("resnet50-mini").cpu()
     images = random_images(TRACED)
     spec = BuildSpec(**STATIC, precision="fp16", fp32_modules=pins)
@@ -162,5 +199,5 @@ def test_error_is_that_of_the_network_with_the_same_pins(pins, monkeypatch):
         with emulated(model, lambda name: policy(name) == HALF, HALF):
             actual = model.core(images)
     for name, emulation, reference in zip(builder.OUTPUTS, actual, expected):
-        engine_error = relative_error(outputs[name], reference)
-        assert 1e-5 < engine_error and 1 / 4 < relative_error(emulation, reference) / engine_error < 4, name
+        engine_error, emulated_error = ((x - reference).abs().median() for x in (outputs[name], emulation))
+        assert 1e-5 < engine_error and 1 / 3 < emulated_error / engine_error < 3, name
