@@ -36,6 +36,7 @@ from ledger_evaluation import (
     agreement_columns,
     engine_cfg,
     evaluate,
+    images_outside,
     latency_columns,
     sized,
     use_backend,
@@ -181,13 +182,22 @@ class Ledger:
     """Measures rows into a file."""
 
     def __init__(self, args: argparse.Namespace, argv: Sequence[str], cfg: CfgNode, file: MeasurementFile):
+        """
+        Raises:
+            UsageError: the data set has images of sizes that the engines would not take.
+        """
         self._args = args
         self._cfg = cfg
         self._file = file
         self._model = build_model(cfg).eval()
         DetectionCheckpointer(self._model).load(cfg.MODEL.WEIGHTS)
         self._sizes = args.size or [(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
-        images = len(DatasetCatalog.get(cfg.DATASETS.TEST[0]))
+        records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
+        images = len(records)
+        if "tensorrt" in args.backend:
+            widest = engine_cfg(cfg, self._sizes, args.batch)
+            if wrong := images_outside(widest, self._sizes, records, self._model.size_divisibility):
+                raise UsageError(wrong)
         self._common = {
             "config": config_name(args.config_file),
             "overrides": " ".join(args.opts),

@@ -7,7 +7,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -15,6 +15,7 @@ from measurements import number
 
 from d2_trt.options import TensorRTOptions
 from d2_trt.parity import Comparison, exact_float32
+from d2_trt.shape_range import round_up
 from mask2former.backend import BackendError, build_backend
 from mask2former.evaluation import build_test_loader, evaluate_model
 
@@ -110,6 +111,37 @@ def engine_cfg(cfg: CfgNode, sizes: list[tuple[int, int]], batches: list[int]) -
         options.SHAPES = [f"{h}x{w}" for h, w in (low, ranges[0].opt[1:], high)]
     cfg.freeze()
     return cfg
+
+
+def images_outside(
+    cfg: CfgNode, sizes: Sequence[tuple[int, int]], records: Iterable[Mapping], divisibility: int
+) -> str:
+    """Which padded sizes an engine does not take, of a data set whose records tell sizes; empty where it takes them all.
+
+    Args:
+        cfg: of `engine_cfg`.
+        sizes: values of INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST.
+        records: of DatasetCatalog.
+        divisibility: what images are padded to a multiple of.
+    """
+    shapes = TensorRTOptions.from_cfg(cfg, size_divisibility=divisibility).shapes
+    padded = set()
+    for height, width in {(r["height"], r["width"]) for r in records if "height" in r and "width" in r}:
+        for shortest, longest in sizes:
+            scale = min(shortest / min(height, width), longest / max(height, width))
+            padded.add(tuple(round_up(int(n * scale + 0.5), max(divisibility, 1)) for n in (height, width)))
+    outside = sorted(size for size in padded if not shapes.contains(1, *size))
+    if not outside:
+        return ""
+    ends = [
+        "x".join(str(pick(pair)) for pair in zip(*padded, end[1:]))
+        for end, pick in ((shapes.min, min), (shapes.max, max))
+    ]
+    wide = str([ends[0], "x".join(map(str, shapes.opt[1:])), ends[1]])
+    return (
+        f"{len(outside)} of the data set's padded sizes, such as {outside[0][0]}x{outside[0][1]}, are outside the engine's "
+        f"range ({shapes.describe()}). Add: MODEL.TENSORRT.SHAPES {wide!r}"
+    )
 
 
 def metric_columns(results: dict) -> dict[str, float]:

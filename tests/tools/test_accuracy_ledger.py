@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import importlib.util
 from pathlib import Path
 
 import ledger_markdown
 import pytest
-from ledger_evaluation import engine_cfg, metric_columns
+from ledger_evaluation import engine_cfg, images_outside, metric_columns
 from measurements import MeasurementFile, read_rows, size_pair
 
 from mask2former import get_mask2former_cfg
@@ -301,6 +302,28 @@ def test_range_of_the_engine_covers_all_sizes():
     asked = get_mask2former_cfg(REPO / CONFIG, ["MODEL.TENSORRT.SHAPES", ["512x512"]])
     assert engine_cfg(asked, [(320, 512)], [1]).MODEL.TENSORRT.SHAPES == ["512x512"]
     assert cfg.MODEL.TENSORRT.SHAPES == []
+
+
+def test_images_that_the_engine_would_not_take_are_told_before_it_is_built(run, workshop, capsys):
+    narrow = ("MODEL.TENSORRT.SHAPES", "['64x64','64x64','64x96']")
+    status, rows = run("--backend", "tensorrt", "--precision", "fp32", "--size", "72/112", opts=narrow)
+    assert status == 2 and rows == [] and workshop.built == []
+    message = capsys.readouterr().err
+    assert "are outside the engine's range" in message
+    advice = message.split("Add: ")[1].split(None, 1)
+    status, rows = run(
+        *("--backend", "tensorrt", "--precision", "fp32", "--size", "72/112"),
+        opts=(advice[0], ast.literal_eval(advice[1])),
+    )
+    assert status == 0 and {row["status"] for row in rows} == {"ok"}
+
+
+def test_long_images_are_outside_of_a_derived_range():
+    cfg = engine_cfg(get_mask2former_cfg(REPO / CONFIG, []), [(800, 1333)], [1])
+    records = [{"height": 480, "width": 640}, {"height": 1000, "width": 100}, {"file_name": "of no size"}]
+    assert images_outside(cfg, [(800, 1333)], records[::2], 32) == ""
+    message = images_outside(cfg, [(800, 1333)], records, 32)
+    assert "1344x160" in message and "['256x160', '800x1088', '1344x1344']" in message
 
 
 def test_file_of_another_tool_is_refused(tmp_path):
