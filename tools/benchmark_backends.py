@@ -51,8 +51,8 @@ class InPrecision:
     def __init__(self, backend, precision: str, device: str):
         self._backend, self._precision, self._device = backend, precision, device
 
-    def __getattr__(self, name: str):
-        return getattr(self._backend, name)
+    def describe(self) -> dict:
+        return self._backend.describe()
 
     def __call__(self, images: torch.Tensor):
         with autocast(self._precision, self._device):

@@ -87,6 +87,7 @@ class LocalBench:
         from benchmark_backends import cached_start, make_backend
 
         name, precision = member.columns["backend"], member.columns["precision"]
+        self.subject.use(None)
         with _as_measure_error(), member.footprint:
             member.backend = make_backend(self.subject, self.cfg, name, precision, member.columns["variant"])
         columns: dict[str, Any] = {}

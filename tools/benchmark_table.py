@@ -35,9 +35,10 @@ class Report:
         """
         Args:
             folder: where the CSV file goes, named by GPU, versions and time; it is made with the first row.
-            common: columns of all rows.
+            common: columns of all rows; "command" stands in the file's first alone.
         """
-        self._common = common
+        self._command = {"command": common.get("command", "")}
+        self._common = {k: v for k, v in common.items() if k != "command"}
         self._file = MeasurementFile(
             MeasurementFile.new_path(folder, "benchmark", common), FIELDS, identity=FIELDS
         )
@@ -49,22 +50,26 @@ class Report:
     def path(self) -> Path:
         return self._file.path
 
+    def _write(self, columns: dict[str, Any]) -> None:
+        self._file.add({**columns, **self._command})
+        self._command = {}
+
     def row(self, columns: dict[str, Any]) -> None:
         """A measurement."""
         columns = {k: v for k, v in columns.items() if k in FIELDS}
         self.rows.append({**self._common, **columns})
-        self._file.add(self.rows[-1])
+        self._write(self.rows[-1])
 
     def ceiling(self, columns: dict[str, Any]) -> None:
         """What the machine reached in a measurement of its own: in the file, but no row of the table."""
         self.ceilings.append({**self._common, **columns})
-        self._file.add(self.ceilings[-1])
+        self._write(self.ceilings[-1])
 
     def failure(self, label: str, columns: dict[str, Any], message: str) -> None:
         """A row that could not be measured."""
         self.failures.append(f"{label}: {message}")
         columns = {k: v for k, v in columns.items() if k in FIELDS}
-        self._file.add({**self._common, **columns, "error": " ".join(message.split())})
+        self._write({**self._common, **columns, "error": " ".join(message.split())})
         print(self.failures[-1], file=sys.stderr, flush=True)
 
     def progress(self, label: str, columns: dict[str, Any]) -> None:

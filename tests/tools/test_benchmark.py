@@ -8,12 +8,15 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from mask2former.backend import BACKEND_REGISTRY, TorchBackend
 from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
+from tests.d2_trt import backend_helpers
+from tests.d2_trt.backend_helpers import workshop as workshop
 from tests.tools.test_demo import MINI
 
 REPO = Path(__file__).resolve().parents[2]
@@ -50,6 +53,7 @@ def timed(rows: list[dict]) -> list[dict]:
     return [row for row in rows if not row["error"] and not row["stage"].startswith("ceiling")]
 
 
+@pytest.mark.slow
 def test_sizes_batches_precisions_and_stages(run, capsys):
     status, rows = run(
         *("--image-size", "48x64", "--size", "64x96", "--batch", "1", "2"),
@@ -87,6 +91,29 @@ def test_backend_that_fails_leaves_the_rows_of_the_others(run, capsys):
     assert f"benchmark.py: error: tensorrt dynamic fp32: {reason}" in error
     (failed,) = [r for r in rows if r["error"]]
     assert failed["backend"] == "tensorrt" and failed["error"].startswith(reason)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_engine_is_built_first_and_its_cost_stands_in_its_rows(run, workshop, monkeypatch, static):
+    """By the doubles of builder and engine: an engine that serves what it is asked for."""
+    # The double keeps the model as it is, with the backend that is building for it.
+    monkeypatch.setattr(backend_helpers, "copy", types.SimpleNamespace(deepcopy=lambda model: model))
+    sizes = ("MODEL.TENSORRT.SHAPES", "('32x32', '64x64', '64x96')")
+    words = ("--size", "64x64", "--batch", "1", "2", "--backend", "torch", "tensorrt", "--stages", "core")
+    options = (*sizes, "MODEL.TENSORRT.STATIC", str(static))
+    for again in (False, True):
+        workshop.built.clear()
+        status, rows = run(*words, "--no-limits", opts=options)
+        assert status == 0
+        # One engine for both batches, or one for each; from the cache the second time.
+        assert len(workshop.built) == (0 if again else 2 if static else 1)
+    for row in (r for r in rows if r["backend"] == "tensorrt"):
+        assert row["variant"] == ("static" if static else "dynamic") and row["tensorrt"] == "10.0.1"
+        assert float(row["build_s"]) >= 0 and float(row["engine_mib"]) >= 0
+        assert float(row["sign_agreement"]) == float(row["class_agreement"]) == 1
+    starts = [row["cached_start_s"] for row in rows if row["backend"] == "tensorrt"]
+    # An engine for all sizes is loaded once more to time it; others tell where they were loaded.
+    assert starts.count("") == (2 if static else 0) and len(starts) == 4
 
 
 class _Failing(TorchBackend):
@@ -127,6 +154,7 @@ def test_case_or_stage_that_fails_leaves_the_others(run, capsys, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_release_is_timed_with_the_same_weights(run):
     """This project stands for an official checkout: what is asked of one is a subset of what it has."""
     status, rows = run(
@@ -142,6 +170,7 @@ def test_release_is_timed_with_the_same_weights(run):
     assert len({(r["segments"], r["instances"], r["padded"]) for r in rows}) == 1
 
 
+@pytest.mark.slow
 def test_release_that_does_not_start_leaves_our_rows(run, tmp_path, capsys):
     (tmp_path / "mask2former.py").write_text("raise SystemExit(3)")
     status, rows = run("--size", "64x64", "--stages", "core", "--release", str(tmp_path), "--no-limits")
@@ -237,7 +266,8 @@ def test_modes_of_torch_compile_are_those_that_the_backend_knows(benchmark):
     assert benchmark.COMPILE_MODES == MODES
 
 
-def test_command_and_versions_are_in_every_row(run):
+def test_versions_are_in_every_row_and_the_command_in_the_first(run):
     _, rows = run("--size", "64x64", "--stages", "core")
-    assert len({json.dumps([r["torch"], r["gpu"], r["date"], r["command"], r["config"]]) for r in rows}) == 1
+    assert len({json.dumps([r["torch"], r["gpu"], r["date"], r["config"]]) for r in rows}) == 1
     assert "--size 64x64" in rows[0]["command"] and rows[0]["config"].startswith("coco/panoptic")
+    assert {r["command"] for r in rows[1:]} == {""}
