@@ -13,6 +13,9 @@ from .modeling.criterion import build_criterion
 from .modeling.targets import prepare_targets
 from .postprocessing import PostprocessOptions, postprocess
 
+# Images of at least so many bytes go to the GPU through pinned memory, which PyTorch keeps for the next ones.
+STAGED_BYTES = 1 << 20
+
 
 @META_ARCH_REGISTRY.register()
 class MaskFormer(nn.Module):
@@ -185,6 +188,8 @@ class MaskFormer(nn.Module):
         if not isinstance(batched_inputs, (list, tuple)) or len(batched_inputs) == 0:
             raise ValueError(f"expected a list of at least one dict with an 'image', got {batched_inputs!r}")
         tensors = [self._checked_image(i, inputs) for i, inputs in enumerate(batched_inputs)]
+        uploaded = [self._upload(tensor) for tensor in tensors]
+        _check_finite(tensors)  # reads them while they are on their way
         image_sizes = [(int(t.shape[-2]), int(t.shape[-1])) for t in tensors]
         output_sizes = [
             self._output_size(i, x, s) for i, (x, s) in enumerate(zip(batched_inputs, image_sizes))
@@ -192,16 +197,25 @@ class MaskFormer(nn.Module):
         multiple = max(self.size_divisibility, 1)
         height = -(-max(s[0] for s in image_sizes) // multiple) * multiple
         width = -(-max(s[1] for s in image_sizes) // multiple) * multiple
-        if len(tensors) == 1 and image_sizes[0] == (height, width):
-            return (
-                tensors[0].to(self.device, torch.float32, non_blocking=True)[None],
-                image_sizes,
-                output_sizes,
-            )
-        images = self.pixel_mean.expand(len(tensors), -1, height, width).contiguous()
-        for padded, tensor, (h, w) in zip(images, tensors, image_sizes):
-            padded[:, :h, :w].copy_(tensor.to(self.device, non_blocking=True))
+        if len(uploaded) == 1 and image_sizes[0] == (height, width):
+            return uploaded[0].to(torch.float32)[None], image_sizes, output_sizes
+        images = self.pixel_mean.expand(len(uploaded), -1, height, width).contiguous()
+        for padded, tensor, (h, w) in zip(images, uploaded, image_sizes):
+            padded[:, :h, :w].copy_(tensor)
         return images, image_sizes, output_sizes
+
+    def _upload(self, image: Tensor) -> Tensor:
+        """The image on the model's device; to a GPU without waiting for it."""
+        staged = (
+            self.device.type == "cuda"
+            and image.device.type == "cpu"
+            and image.numel() * image.element_size() >= STAGED_BYTES
+            and not image.is_pinned()
+        )
+        if staged:
+            # What is not pinned, the driver would copy in small pieces, one after the other, with this thread waiting.
+            image = torch.empty_like(image, pin_memory=True).copy_(image)
+        return image.to(self.device, non_blocking=True)
 
     def _checked_image(self, index: int, inputs: dict) -> Tensor:
         if not isinstance(inputs, dict) or "image" not in inputs:
@@ -226,9 +240,6 @@ class MaskFormer(nn.Module):
             raise ValueError(
                 f"image {index} of the batch has dtype {image.dtype}; expected an integer or floating one"
             )
-        # One pass: a sum is finite only where every number is.
-        if image.is_floating_point() and not torch.isfinite(image.sum(dtype=torch.float32)):
-            raise ValueError(f"image {index} of the batch holds NaN or infinite values")
         return image
 
     @staticmethod
@@ -239,3 +250,11 @@ class MaskFormer(nn.Module):
                 f"input {index} of the batch asks for an output of {height}x{width} (height x width); both must be positive"
             )
         return height, width
+
+
+def _check_finite(images: list[Tensor]) -> None:
+    """Raise ValueError where an image of the batch has a number that is not."""
+    for index, image in enumerate(images):
+        # One pass: a sum is finite only where every number is.
+        if image.is_floating_point() and not torch.isfinite(image.sum(dtype=torch.float32)):
+            raise ValueError(f"image {index} of the batch holds NaN or infinite values")

@@ -62,11 +62,8 @@ class Case:
         self.size = size
         self.resized = resize
         self.image = draw_image(size)
-        self.transform = None
-        picture = self.image
-        if resize:
-            self.transform = predictor.aug if hasattr(predictor, "aug") else predictor.transform_gen
-            picture = self.resize()
+        self._predictor = predictor
+        picture = self.resize() if resize else self.image
         self.input = {"image": as_float(picture), "height": size[0], "width": size[1]}
 
     @property
@@ -74,8 +71,11 @@ class Case:
         return "x".join(map(str, self.size))
 
     def resize(self) -> np.ndarray:
-        """The image as DefaultPredictor resizes it, (H, W, 3) uint8."""
-        return self.transform.get_transform(self.image).apply_image(self.image)
+        """The image as DefaultPredictor resizes it, (H, W, 3) uint8, in the config's channel order."""
+        predictor = self._predictor
+        image = self.image[:, :, ::-1] if predictor.input_format == "RGB" else self.image
+        transform = predictor.aug if hasattr(predictor, "aug") else predictor.transform_gen
+        return transform.get_transform(image).apply_image(image)
 
 
 def as_float(picture: np.ndarray) -> torch.Tensor:
