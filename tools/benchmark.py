@@ -29,7 +29,7 @@ Beside the times stand: how far the network's outputs agree with PyTorch's in fl
 class logits and of mask logits, shares of mask pixels with the same sign and of queries with the same class); GPU memory,
 what a configuration keeps (weights, engine, graphs) plus what a call takes; what the engine took to build; and the distance
 to two floors that follow from the work and from what this GPU reached in a large copy and a large matrix product just before
-(tools/benchmark_limits.py says what is counted). Every row goes to a CSV file as soon as it is there; what cannot be
+(tools/benchmark_work.py says what is counted). Every row goes to a CSV file as soon as it is there; what cannot be
 measured has its reason in it, and ends the run with status 1 after the others. tools/benchmark_plots.py draws the file.
 """
 

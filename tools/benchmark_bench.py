@@ -163,8 +163,8 @@ class LocalBench:
         self._reference = None
 
     def workload(self, case: int) -> Any:
-        """What a case of an image asks of the machine: a benchmark_limits.Workload."""
-        from benchmark_limits import Workload
+        """What a case of an image asks of the machine: a benchmark_work.Workload."""
+        from benchmark_work import Workload
 
         subject = self._case(case)
         self.subject.use(None)

@@ -1,46 +1,26 @@
-"""What a network asks of the hardware, and how fast this hardware is at it: tools/benchmark.py's limits.
+#!/usr/bin/env python3
+"""How fast this machine is at what bounds a network, and what a network asks of it.
 
-Work is counted by running the network once in PyTorch: matrix products and convolutions by the formulas of
-torch.utils.flop_counter, deformable attention by its own. What is not counted (norms, softmax, activations, resizing) costs
-arithmetic that no GPU lacks, and no memory traffic where it is fused with its neighbours. Two floors follow:
+    python tools/benchmark_limits.py --config-file FILE --size 800x1088 --precision fp16
 
-    limit_ms    all the arithmetic at the measured peak, or what must cross the memory's bus at the measured bandwidth
-                (weights and images once in, results once out), whichever takes longer; nothing can be faster
-    layers_ms   the same for each matrix product, convolution and deformable attention by itself, its operands read and its
-                result written, summed: what a perfect kernel a layer reaches without fusing two of them
-
-A padded image's arithmetic grows with the batch, the weights' traffic does not.
+prints for each part of the network its arithmetic and its floors by the speeds measured just before;
+tools/benchmark_work.py says what is counted. tools/benchmark.py sets its rows against the same floors.
 """
 
 from __future__ import annotations
 
-import contextlib
+import argparse
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
-# Bilinear sampling and weighting of a channel: four products and sums.
-_SAMPLE_FLOPS = 8
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-
-@dataclass(frozen=True)
-class Work:
-    """A layer's: floating-point operations (a multiply-add is two) and elements, for one image.
-
-    Attributes:
-        sampled: it samples rather than multiplies matrices, which no matrix unit does.
-    """
-
-    name: str
-    flops: int
-    activations: int  # elements read and written
-    weights: int  # elements read
-    sampled: bool = False
+from benchmark_work import ELEMENT_BYTES, PARTS, Workload
 
 
 @dataclass(frozen=True)
@@ -99,119 +79,81 @@ def _fastest(call: Callable[[], object], cuda: bool, samples: int = 10) -> float
     return best
 
 
-@dataclass(frozen=True)
-class Workload:
-    """A network at one padded size, for one image.
-
-    Attributes:
-        layers: in the order in which they run.
-        weights: elements of all weights that it reads.
-        images, results: bytes of the input, uint8 or float32 as it comes, and of the outputs in float32.
-    """
-
-    layers: tuple[Work, ...]
-    weights: int
-    images: int
-    results: int
-
-    @classmethod
-    def count(cls, core: Callable, model: torch.nn.Module, images: torch.Tensor) -> Workload:
-        """Run the network once.
-
-        Args:
-            core: images -> (pred_logits, pred_masks).
-            model: whose weights it reads.
-            images: (1, 3, H, W).
-        """
-        counter = _Counter(model)
-        with counter, counter.watching_deformable_attention():
-            outputs = core(images)
-        return cls(
-            tuple(counter.layers),
-            sum(p.numel() for p in model.parameters()),
-            images.numel() * images.element_size(),
-            sum(o.numel() * 4 for o in outputs),
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config-file", default="configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"
+    )
+    parser.add_argument("--size", default="800x1088", metavar="HxW", help="padded size (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--precision", nargs="+", choices=sorted(ELEMENT_BYTES), default=["fp16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--speeds",
+        nargs=3,
+        type=float,
+        metavar=("GB/S", "TFLOP/S", "FP32-TFLOP/S"),
+        help="of another machine, instead of measuring this one: memory, matrix products, sampling",
+    )
+    parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the config, after --")
+    args = parser.parse_args(argv)
+    try:
+        height, width = (int(side) for side in args.size.lower().split("x"))
+    except ValueError:
+        parser.error(f"--size {args.size}: expected HEIGHTxWIDTH, such as 800x1088")
+    if min(height, width) < 32 or height % 32 or width % 32 or args.batch < 1:
+        parser.error(
+            f"--size {args.size}, --batch {args.batch}: expected multiples of 32, and at least one image"
         )
+    args.size = (height, width)
+    return args
 
-    @property
-    def flops(self) -> int:
-        return sum(layer.flops for layer in self.layers)
 
-    def moved(self, precision: str, batch: int) -> int:
-        """Bytes that must cross the memory's bus: weights and images in, results out."""
-        return self.weights * ELEMENT_BYTES[precision] + batch * (self.images + self.results)
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    from detectron2.modeling import build_model
 
-    def columns(self, ceilings: Ceilings, precision: str, batch: int) -> dict[str, float]:
-        """gflop, moved_mb, limit_ms and layers_ms of a batch."""
-        size = ELEMENT_BYTES[precision]
+    import d2_trt  # noqa: F401 - its keys, which a config may have
+    from mask2former import get_mask2former_cfg
 
-        def arithmetic(layer: Work) -> float:
-            return batch * layer.flops / ceilings.flops["fp32" if layer.sampled else precision]
-
-        moved = self.moved(precision, batch)
-        whole = max(sum(map(arithmetic, self.layers)), moved / ceilings.bandwidth)
-        layers = sum(
-            max(
-                arithmetic(layer),
-                (batch * layer.activations + layer.weights) * size / ceilings.bandwidth,
-            )
-            for layer in self.layers
+    try:
+        cfg = get_mask2former_cfg(args.config_file, [*args.opts, "MODEL.DEVICE", args.device])
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        print(f"benchmark_limits.py: error: {error.args[0]}", file=sys.stderr)
+        return 2
+    cfg.MODEL.BACKEND = "torch"
+    model = build_model(cfg).eval()
+    with torch.no_grad():
+        work = Workload.count(model.core, model, torch.zeros(1, 3, *args.size, device=args.device))
+    if args.speeds:
+        memory, products, sampling = args.speeds
+        ceilings = Ceilings(
+            1e9 * memory, {**dict.fromkeys(args.precision, 1e12 * products), "fp32": 1e12 * sampling}
         )
-        return {
-            "gflop": round(batch * self.flops / 1e9, 3),
-            "moved_mb": round(moved / 1e6, 3),
-            "limit_ms": float(f"{1e3 * whole:.4g}"),
-            "layers_ms": float(f"{1e3 * layers:.4g}"),
-        }
+    else:
+        ceilings = Ceilings.measure(args.device, args.precision)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{args.config_file} at {args.size[0]}x{args.size[1]}, batch {args.batch}: {parameters / 1e6:.1f} million weights"
+    )
+    for precision in args.precision:
+        print(
+            f"{precision}: {ceilings.bandwidth / 1e9:.0f} GB/s, {ceilings.flops[precision] / 1e12:.1f} TFLOP/s, "
+            f"sampling {ceilings.flops['fp32'] / 1e12:.1f} TFLOP/s"
+        )
+        print(f"{'':22}{'operations':>11}{'GFLOP':>9}{'layers_ms':>11}")
+        for part in PARTS:
+            layers = [layer for layer in work.layers if layer.part == part]
+            flops = args.batch * sum(layer.flops for layer in layers) / 1e9
+            floor = 1e3 * sum(layer.floor(ceilings, precision, args.batch) for layer in layers)
+            print(f"{part:22}{len(layers):11}{flops:9.1f}{floor:11.3f}")
+        told = work.columns(ceilings, precision, args.batch)
+        print(f"{'all':22}{len(work.layers):11}{told['gflop']:9.1f}{told['layers_ms']:11.3f}")
+        print(f"limit_ms {told['limit_ms']}: {told['moved_mb']} MB cross the memory's bus at least")
+    return 0
 
 
-class _Counter(TorchDispatchMode):
-    """Records the matrix products and convolutions that run under it."""
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self.layers: list[Work] = []
-        self._model = model
-        self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self._paused = False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None and not self._paused:
-            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-            held = [t.untyped_storage().data_ptr() in self._weights for t in tensors]
-            weights = sum(t.numel() for t, is_weight in zip(tensors, held) if is_weight)
-            read = sum(t.numel() for t, is_weight in zip(tensors, held) if not is_weight)
-            written = sum(o.numel() for o in (out if isinstance(out, tuple) else (out,)) if o is not None)
-            flops = formula(*args, **kwargs, out_val=out)
-            self.layers.append(Work(func._overloadpacket.__name__, flops, read + written, weights))
-        return out
-
-    @contextlib.contextmanager
-    def watching_deformable_attention(self):
-        """Count deformable attention as a whole, whatever it is computed by."""
-        from mask2former.modeling.pixel_decoder.ms_deform_attn import MSDeformAttnCore
-
-        def before(module, arguments):
-            self._paused = True
-
-        def after(module, arguments, out):
-            self._paused = False
-            value, offsets, logits = arguments[:3]
-            samples = logits.numel()  # queries * heads * levels * points
-            elements = value.numel() + offsets.numel() + logits.numel() + out.numel()
-            self.layers.append(
-                Work("ms_deform_attn", samples * value.shape[-1] * _SAMPLE_FLOPS, elements, 0, sampled=True)
-            )
-
-        hooks = []
-        for module in self._model.modules():
-            if isinstance(module, MSDeformAttnCore):
-                hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+if __name__ == "__main__":
+    sys.exit(main())

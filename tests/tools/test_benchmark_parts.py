@@ -9,16 +9,18 @@ import shutil
 import sys
 
 import benchmark_compile
+import benchmark_limits
 import benchmark_release
 import pytest
 import torch
 from benchmark_bench import MeasureError
 from benchmark_evaluation import stand_in_for_panopticapi
-from benchmark_limits import Ceilings, Work, Workload
+from benchmark_limits import Ceilings
 from benchmark_model import draw_image
 from benchmark_rounds import run_all
 from benchmark_table import Report
 from benchmark_timing import Stage, Timer, summary
+from benchmark_work import PARTS, Work, Workload
 from torch import nn
 
 from mask2former import get_mask2former_cfg
@@ -181,7 +183,15 @@ def test_model_is_counted_whole(monkeypatch):
     assert 3.5 < large.flops / small.flops < 4.5  # with the pixels, but for what queries do among themselves
     assert [layer.sampled for layer in small.layers].count(True) == 1  # one encoder layer
     stem = small.layers[0]
-    assert stem.flops == 2 * 32 * 32 * 16 * 3 * 49
+    assert stem.flops == 2 * 32 * 32 * 16 * 3 * 49 and stem.part == "backbone"
+    assert {layer.part for layer in small.layers} == set(PARTS)
+    # Two decoder layers less one: the first prediction comes before them. Q = 10, C = mask_dim = 32, 8 by 8 features in all.
+    attentions = [layer for layer in small.layers if layer.name == "attention"]
+    assert [layer.part for layer in attentions] == ["transformer decoder"] * len(attentions)
+    masked, plain = attentions[:2]
+    keys = 2 * 2  # stride 32
+    assert masked.flops == 2 * 10 * keys * 3 * 32 and masked.activations == 2 * 320 + 3 * keys * 32 + 320
+    assert plain.flops == 2 * 10 * 10 * 2 * 32 and plain.activations == 4 * 320
 
 
 def test_floors():
@@ -291,3 +301,18 @@ def test_compiled_backend_runs_the_core(monkeypatch):
 def test_image_is_smooth_and_the_same_each_time():
     image = draw_image((48, 64))
     assert image.shape == (48, 64, 3) and (image == draw_image((48, 64))).all()
+
+
+def test_work_of_a_network_is_printed_by_part(capsys):
+    words = ["--size", "64x96", "--device", "cpu", "--speeds", "1000", "10", "1", "--precision", "fp16", "--"]
+    assert benchmark_limits.main([*words, *OPTS, "MODEL.WEIGHTS", ""]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "fp16: 1000 GB/s, 10.0 TFLOP/s, sampling 1.0 TFLOP/s" in lines
+    rows = {
+        part: next(line for line in lines if line.startswith(part)).split()[-3:] for part in (*PARTS, "all")
+    }
+    for column in range(3):  # as far as they are rounded
+        whole = sum(float(rows[part][column]) for part in PARTS)
+        assert float(rows["all"][column]) == pytest.approx(whole, abs=0.2)
+    with pytest.raises(SystemExit):
+        benchmark_limits.parse_args(["--size", "800x1067"])
