@@ -29,7 +29,7 @@ from mask2former.modeling.transformer_decoder.position_encoding import PositionE
 ALWAYS_FLOAT32 = (MSDeformAttnCore, PositionEmbeddingSine)
 # Functions that compute nothing: they ask, or move elements, which keep their type; a conversion is the policy's business.
 _MOVES = {
-    *("__get__", "__getitem__", "__len__", "size", "dim", "numel", "stride", "data_ptr"),
+    *("__get__", "__getitem__", "__setitem__", "__len__", "size", "dim", "numel", "stride", "data_ptr"),
     *("is_floating_point", "is_contiguous", "detach", "clone", "contiguous", "dropout"),
     *("to", "float", "half", "type", "type_as"),
     *(

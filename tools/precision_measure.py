@@ -87,18 +87,22 @@ class PrecisionSearch:
         self.blocks = find_blocks(times, args.split)
 
     def alone(self, block: Block) -> Mapping[str, float]:
-        """Agreement with one block in half precision."""
+        """Agreement with one block in half precision. The block's times become those of the file: what continues it takes
+        the same steps."""
         times = {
             "block_float32_ms": round(block.times.float32_ms, 4),
             "block_half_ms": round(block.times.half_ms, 4),
         }
-        return self._emulate(ALL_BUT + block.pattern, lambda name: pattern_covers(block.pattern, name), times)
+        row = self._emulate(ALL_BUT + block.pattern, lambda name: pattern_covers(block.pattern, name), times)
+        block.times.float32_ms, block.times.half_ms = (float(row[name]) for name in times)
+        return agreement(row)
 
     def emulate(self, patterns: Sequence[str]) -> Mapping[str, float]:
         """Agreement with everything but these modules in half precision."""
-        return self._emulate(
+        row = self._emulate(
             " ".join(patterns), lambda name: not any(pattern_covers(p, name) for p in patterns)
         )
+        return agreement(row)
 
     def emulate_blocks(self, pinned: Sequence[Block]) -> Mapping[str, float]:
         """Agreement with everything but these blocks in half precision."""
@@ -106,7 +110,7 @@ class PrecisionSearch:
 
     def float32(self) -> Mapping[str, float]:
         """Agreement with nothing in half precision: what products in TF32, which the engine's pins have too, leave."""
-        return self._emulate(EVERYTHING, lambda name: False)
+        return agreement(self._emulate(EVERYTHING, lambda name: False))
 
     def is_ours(self, row: Mapping[str, str]) -> bool:
         """Whether a row of the file is of this search."""
@@ -117,7 +121,7 @@ class PrecisionSearch:
 
     def _emulate(
         self, pins: str, is_low: Callable[[str], bool], times: Mapping | None = None
-    ) -> Mapping[str, float]:
+    ) -> dict[str, str]:
         columns = {**self.common, "how": "emulated", "precision": self._args.precision, "fp32_modules": pins}
         row = self._file.find(columns)
         if row is None:
@@ -129,7 +133,7 @@ class PrecisionSearch:
                 numbers = self._compare(self._model.core)
             row = self._file.add({**columns, **(times or {}), **numbers, "status": "ok"})
             say(f"emulated, float32: {_shown(pins)}: {_told(row)}")
-        return agreement(row)
+        return row
 
     def engine(self, patterns: Sequence[str] | None) -> dict[str, str]:
         """Build (or load) an engine with these modules in float32, None for all of them in TF32, and measure it.

@@ -231,6 +231,33 @@ def test_engine_confirms_and_the_others_are_built_to_compare(run, workshop, caps
     assert all(row["class_agreement"] == "1.0" and row["engine_mib"] for row in engines)
 
 
+def test_ledger_uses_the_engine_that_was_confirmed(run, workshop, weights, tmp_path, capsys):
+    import accuracy_ledger
+
+    words = ("--size", "48/64", "64/80", "--batch", "1", "2")
+    assert run("--engines", "1", *words)[0] == 0
+    pins = printed_config(capsys.readouterr().out)
+    status = accuracy_ledger.main(
+        [
+            *(
+                "--config-file",
+                CONFIG,
+                "--weights",
+                str(weights),
+                "--device",
+                "cpu",
+                *words,
+                "--compare",
+                "1",
+            ),
+            *("--backend", "tensorrt", "--precision", "fp16", "--iterations", "1", "--warmup", "0"),
+            *("--output", str(tmp_path / "ledger"), "--work", str(tmp_path / "work")),
+            *("--", *OPTS, "MODEL.TENSORRT.FP32_MODULES", str(pins)),
+        ]
+    )
+    assert status == 0 and len(workshop.built) == 1
+
+
 def test_set_is_widened_where_the_engine_misses_it(run, workshop, capsys):
     workshop.disturb = lambda logits, masks: (logits, masks.neg() if len(workshop.built) == 1 else masks)
     status, rows = run("--engines", "2")
