@@ -4,7 +4,8 @@
     python tools/benchmark_attention.py --dtype float16
 
 Calls are captured in one CUDA graph, so that launching costs what it costs in an engine's graph; the median of the rounds
-counts. `limit` is the time that the arithmetic alone takes at the dense 16-bit rate of --tflops (989: H100, H200).
+counts. Behind it are the kernels by themselves, by the profiler. `limit` is the time that the arithmetic alone takes at the
+dense 16-bit rate of --tflops (989: H100, H200).
 Masks are made so that a query may attend to about `--share` of the keys: tiles that no query needs are skipped.
 """
 
@@ -44,6 +45,20 @@ def time_us(function, calls: int, rounds: int) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / calls)
     return statistics.median(times[2:])
+
+
+def kernel_times(function, calls: int = 20) -> str:
+    """Microseconds on the GPU of each kernel of one call, by name."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+    found = {}
+    for event in profile.key_averages():
+        name = next((n for n in ("mask", "attention", "combine") if f"{n}_kernel" in event.key), None)
+        if name is not None:
+            found[name] = event.device_time_total / event.count
+    return ", ".join(f"{name} {time:.1f}" for name, time in found.items())
 
 
 def masked_inputs(batch: int, queries: int, keys: int, dtype: torch.dtype, share: float) -> dict:
@@ -102,10 +117,12 @@ def main() -> None:
 
 def _row(what: str, batch: int, keys: int, share: float, given: dict, work: float, args) -> None:
     ours = time_us(lambda: attention_cuda.attention(**given), 20, 15)
-    theirs = time_us(lambda: attention_core.reference(**given), 5, 10)
+    half = {n: x.to(given["q"].dtype) if isinstance(x, torch.Tensor) else x for n, x in given.items()}
+    theirs = time_us(lambda: attention_core.reference(**half), 5, 10)
     limit = work / args.tflops / 1e6
     print(
-        f"{what:>8} {batch:>5} {keys:>6} {share:>6} {ours:>8.2f} {theirs:>8.2f} {limit:>6.2f} {limit / ours:>6.1%}",
+        f"{what:>8} {batch:>5} {keys:>6} {share:>6} {ours:>8.2f} {theirs:>8.2f} {limit:>6.2f} {limit / ours:>6.1%}"
+        f"  {kernel_times(lambda: attention_cuda.attention(**given))}",
         flush=True,
     )
 

@@ -14,6 +14,9 @@ namespace {
 
 constexpr int kMaxDevices = 64;
 constexpr std::int64_t kMaxRows = std::int64_t{1} << 24;  // queries or keys of an image
+// As few keys without a mask, such as those of self-attention, take less time in one pass than in a second kernel.
+constexpr std::int64_t kFewKeys = 1024;
+constexpr int kMostResident = 3;
 
 struct Device {
     int index = 0, multiprocessors = 0, shared_bytes = 0, major = 0;
@@ -39,17 +42,6 @@ Device const& device() {
     return known[index];
 }
 
-constexpr int max_blocks(std::int64_t dim, bool masked) { return !masked ? 1 : dim == 64 ? 3 : 7; }
-
-// Few keys without a mask, such as those of self-attention, take less time in one pass than in a second kernel.
-bool may_split(AttentionSizes const& sizes) { return sizes.mask_dim > 0 || sizes.keys > 1024; }
-
-AttentionPlan plan_for(AttentionSizes const& sizes, Device const& on) {
-    return plan_attention(
-        sizes.batch, sizes.queries, sizes.keys, sizes.heads, max_blocks(sizes.dim, sizes.mask_dim > 0), may_split(sizes),
-        on.multiprocessors);
-}
-
 void check_sizes(AttentionSizes const& sizes, Device const& on) {
     require(on.major >= 8, "attention: needs a GPU of compute capability 8.0 or higher; this is ", on.major, ".x");
     require(sizes.batch >= 0 && sizes.batch <= 65535, "attention: batch is ", sizes.batch, "; expected 0 to 65535");
@@ -57,9 +49,7 @@ void check_sizes(AttentionSizes const& sizes, Device const& on) {
         sizes.queries >= 0 && sizes.queries <= kMaxRows, "attention: ", sizes.queries, " queries; expected 0 to ", kMaxRows);
     require(sizes.keys >= 1 && sizes.keys <= kMaxRows, "attention: ", sizes.keys, " keys; expected 1 to ", kMaxRows);
     require(
-        sizes.heads >= 1 && sizes.heads <= kMaxHeads && (sizes.heads <= kMaxWarps || sizes.heads % kMaxWarps == 0),
-        "attention: ", sizes.heads, " heads; expected 1 to ", kMaxWarps, ", or a multiple of ", kMaxWarps, " up to ",
-        kMaxHeads);
+        sizes.heads >= 1 && sizes.heads <= kMaxHeads, "attention: ", sizes.heads, " heads; expected 1 to ", kMaxHeads);
     require(
         sizes.dim == 8 || sizes.dim == 16 || sizes.dim == 32 || sizes.dim == 64, "attention: ", sizes.dim,
         " channels a head; expected 8, 16, 32 or 64");
@@ -79,7 +69,7 @@ template <typename Kernel>
 void open_shared(Kernel* kernel, int bytes, Device const& on, std::atomic<int> (&opened)[kMaxDevices]) {
     require(
         bytes <= on.shared_bytes, "attention: needs ", bytes, " bytes of shared memory; a block of this GPU may have ",
-        on.shared_bytes, ": mask_dim or heads * D are too large");
+        on.shared_bytes);
     if (opened[on.index].load(std::memory_order_acquire) >= bytes) return;
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
@@ -87,50 +77,95 @@ void open_shared(Kernel* kernel, int bytes, Device const& on, std::atomic<int> (
     opened[on.index].store(bytes, std::memory_order_release);
 }
 
+unsigned count(std::int64_t n) { return static_cast<unsigned>(n); }
+
+template <typename T, int kBlocks>
+void launch_mask(AttentionProblem const& problem, std::int64_t batch, Device const& on, cudaStream_t stream) {
+    static std::atomic<int> opened[kMaxDevices];
+    int const bytes = mask_shared_bytes(kBlocks, problem.mask_dim);
+    open_shared(mask_kernel<T, kBlocks>, bytes, on, opened);
+    dim3 const grid(
+        count(divide_up(problem.tiles, kMaskWarps)), count(divide_up(problem.rows, kBlocks * kBlockRows)), count(batch));
+    mask_kernel<T, kBlocks><<<grid, kMaskWarps * 32, bytes, stream>>>(problem);
+    check_cuda(cudaGetLastError(), "attention: the mask");
+}
+
+template <typename T>
+void find_allowed(AttentionProblem const& problem, std::int64_t batch, Device const& on, cudaStream_t stream) {
+    bool const four =
+        mask_blocks(batch, problem.queries, problem.keys, kMaskWarps, on.multiprocessors) == 4 &&
+        mask_shared_bytes(4, problem.mask_dim) <= on.shared_bytes;
+    four ? launch_mask<T, 4>(problem, batch, on, stream) : launch_mask<T, 2>(problem, batch, on, stream);
+}
+
+template <typename T>
+void combine(
+    AttentionProblem const& problem, AttentionPlan const& plan, std::int64_t batch, std::int64_t dim, Device const& on,
+    cudaStream_t stream) {
+    static std::atomic<int> opened[kMaxDevices];
+    int const bytes = kCombineThreads * static_cast<int>(sizeof(float4)) +
+                      static_cast<int>(plan.combine_heads * (plan.splits + 1) * sizeof(float));
+    open_shared(combine_kernel<T>, bytes, on, opened);
+    dim3 const grid(count(problem.queries), count(problem.heads / plan.combine_heads), count(batch));
+    combine_kernel<T><<<grid, kCombineThreads, bytes, stream>>>(
+        problem, static_cast<int>(dim), static_cast<int>(plan.combine_heads));
+    check_cuda(cudaGetLastError(), "attention: combining");
+}
+
 template <typename T, int D, bool kMasked>
 void launch(
-    AttentionProblem const& problem, AttentionPlan const& plan, std::int64_t batch, Device const& on, cudaStream_t stream) {
-    constexpr int kBlocks = max_blocks(D, kMasked);
-    auto* const kernel = attention_kernel<T, D, kBlocks, kMasked>;
-    static std::atomic<int> opened[kMaxDevices];
-    int bytes = static_cast<int>(plan.warps) * Tile<D>::kWarpBytes;
-    if (kMasked) {
-        int const bits = kBlocks * kBlockRows * static_cast<int>(sizeof(std::uint32_t));
-        bytes += kTileKeys * feature_pitch(problem.mask_dim) + bits;
+    AttentionProblem problem, AttentionTensors const& tensors, std::int64_t batch, Device const& on, cudaStream_t stream) {
+    using Blocks = Shape<D, kMasked>;
+    AttentionPlan const plan = plan_attention(
+        batch, problem.queries, problem.keys, problem.heads, Blocks::kBlocks * kBlockRows, Blocks::kMaxWarps,
+        kMasked || problem.keys > kFewKeys, std::int64_t{on.multiprocessors} * Blocks::kResident);
+    require(
+        plan.groups * problem.heads <= 65535, "attention: ", problem.queries, " queries of ", problem.heads,
+        " heads are too many");
+    problem.tiles = static_cast<std::int32_t>(plan.tiles);
+    problem.tiles_per_split = static_cast<std::int32_t>(plan.tiles_per_split);
+    problem.splits = static_cast<std::int32_t>(plan.splits);
+    auto* workspace = static_cast<unsigned char*>(tensors.workspace);
+    if (kMasked || plan.splits > 1) {
+        require_aligned(reinterpret_cast<std::uintptr_t>(workspace), 16, "attention: workspace");
     }
-    open_shared(kernel, bytes, on, opened);
-    auto const count = [](std::int64_t n) { return static_cast<unsigned>(n); };
-    dim3 const grid(count(plan.splits), count(plan.groups * plan.head_groups), count(batch));
-    kernel<<<grid, count(plan.warps * 32), bytes, stream>>>(problem);
+    if (kMasked) {
+        problem.allowed = reinterpret_cast<std::uint32_t*>(workspace);
+        workspace += batch * plan.tiles * problem.rows * static_cast<std::int64_t>(sizeof(std::uint32_t));
+        find_allowed<T>(problem, batch, on, stream);
+    }
+    problem.partial = reinterpret_cast<float*>(workspace);
+    problem.stats = reinterpret_cast<float2*>(problem.partial + batch * problem.queries * plan.splits * problem.heads * D);
+    static std::atomic<int> opened[kMaxDevices];
+    int const bytes = kStages * Tile<D>::kBytes;
+    open_shared(attention_kernel<T, D, kMasked>, bytes, on, opened);
+    dim3 const grid(count(plan.splits), count(plan.groups * problem.heads), count(batch));
+    attention_kernel<T, D, kMasked><<<grid, count(plan.warps * 32), bytes, stream>>>(problem);
     check_cuda(cudaGetLastError(), "attention");
-    if (plan.splits == 1) return;
-    int const combined = kCombineThreads * static_cast<int>(sizeof(float4)) +
-                         static_cast<int>(plan.warps * (plan.splits + 1) * sizeof(float));
-    static std::atomic<int> combine_opened[kMaxDevices];
-    open_shared(combine_kernel<T>, combined, on, combine_opened);
-    dim3 const rows(count(problem.queries), count(plan.head_groups), count(batch));
-    combine_kernel<T><<<rows, kCombineThreads, combined, stream>>>(problem, D, static_cast<int>(plan.warps));
-    check_cuda(cudaGetLastError(), "attention: combining");
+    if (plan.splits > 1) combine<T>(problem, plan, batch, D, on, stream);
 }
 
 template <typename T, int D>
 void launch_masked(
-    AttentionProblem const& problem, AttentionPlan const& plan, std::int64_t batch, Device const& on, cudaStream_t stream) {
+    AttentionProblem const& problem, AttentionTensors const& tensors, std::int64_t batch, Device const& on,
+    cudaStream_t stream) {
     auto* const chosen = problem.mask_dim > 0 ? &launch<T, D, true> : &launch<T, D, false>;
-    chosen(problem, plan, batch, on, stream);
+    chosen(problem, tensors, batch, on, stream);
 }
 
 template <typename T>
 void launch_dim(
-    std::int64_t dim, AttentionProblem const& problem, AttentionPlan const& plan, std::int64_t batch, Device const& on,
+    std::int64_t dim, AttentionProblem const& problem, AttentionTensors const& tensors, std::int64_t batch, Device const& on,
     cudaStream_t stream) {
     switch (dim) {
-        case 8: return launch_masked<T, 8>(problem, plan, batch, on, stream);
-        case 16: return launch_masked<T, 16>(problem, plan, batch, on, stream);
-        case 32: return launch_masked<T, 32>(problem, plan, batch, on, stream);
-        default: return launch_masked<T, 64>(problem, plan, batch, on, stream);
+        case 8: return launch_masked<T, 8>(problem, tensors, batch, on, stream);
+        case 16: return launch_masked<T, 16>(problem, tensors, batch, on, stream);
+        case 32: return launch_masked<T, 32>(problem, tensors, batch, on, stream);
+        default: return launch_masked<T, 64>(problem, tensors, batch, on, stream);
     }
 }
+
+std::int64_t rows_of(AttentionSizes const& sizes) { return divide_up(sizes.queries, kBlockRows) * kBlockRows; }
 
 std::int64_t floats_of_a_split(AttentionSizes const& sizes) { return sizes.heads * sizes.dim + 2 * sizes.heads; }
 
@@ -139,9 +174,13 @@ std::int64_t floats_of_a_split(AttentionSizes const& sizes) { return sizes.heads
 std::size_t attention_workspace(AttentionSizes const& sizes) {
     Device const& on = device();
     check_sizes(sizes, on);
-    if (!may_split(sizes)) return 0;
-    std::int64_t const most = most_splits(sizes.batch, sizes.keys, on.multiprocessors);
-    return static_cast<std::size_t>(most * sizes.queries * floats_of_a_split(sizes)) * sizeof(float);
+    bool const masked = sizes.mask_dim > 0;
+    if (!masked && sizes.keys <= kFewKeys) return 0;
+    std::int64_t const bits = masked ? sizes.batch * divide_up(sizes.keys, kTileKeys) * rows_of(sizes) : 0;
+    // As many blocks at once as any of the kernels has.
+    std::int64_t const slots = std::int64_t{on.multiprocessors} * kMostResident;
+    std::int64_t const splits = most_splits(sizes.batch, sizes.keys, sizes.heads, slots);
+    return static_cast<std::size_t>(bits + splits * sizes.queries * floats_of_a_split(sizes)) * sizeof(float);
 }
 
 void attention(AttentionTensors const& tensors, AttentionSizes const& sizes, cudaStream_t stream) {
@@ -162,10 +201,6 @@ void attention(AttentionTensors const& tensors, AttentionSizes const& sizes, cud
         require_aligned(address(tensors.mask_embed), 16, "attention: mask_embed");
         require_aligned(address(tensors.features), 16, "attention: features");
     }
-    AttentionPlan const plan = plan_for(sizes, on);
-    require(
-        plan.groups * plan.head_groups <= 65535, "attention: ", sizes.queries, " queries of ", sizes.heads,
-        " heads are too many");
     AttentionProblem problem{};
     problem.q = tensors.q;
     problem.k = tensors.k;
@@ -173,26 +208,17 @@ void attention(AttentionTensors const& tensors, AttentionSizes const& sizes, cud
     problem.mask_embed = tensors.mask_embed;
     problem.features = tensors.features;
     problem.out = tensors.out;
-    if (plan.splits > 1) {
-        require_aligned(address(tensors.workspace), 16, "attention: workspace");
-        problem.partial = static_cast<float*>(tensors.workspace);
-        std::int64_t const slots = sizes.batch * sizes.queries * plan.splits;
-        problem.stats = reinterpret_cast<float2*>(problem.partial + slots * sizes.heads * sizes.dim);
-    }
     problem.queries = static_cast<std::int32_t>(sizes.queries);
+    problem.rows = static_cast<std::int32_t>(rows_of(sizes));
     problem.keys = static_cast<std::int32_t>(sizes.keys);
     problem.heads = static_cast<std::int32_t>(sizes.heads);
     problem.mask_dim = static_cast<std::int32_t>(sizes.mask_dim);
     problem.q_stride = sizes.q_stride;
     problem.k_stride = sizes.k_stride;
     problem.v_stride = sizes.v_stride;
-    problem.group_blocks = static_cast<std::int32_t>(plan.group_blocks);
-    problem.tiles = static_cast<std::int32_t>(plan.tiles);
-    problem.tiles_per_split = static_cast<std::int32_t>(plan.tiles_per_split);
-    problem.splits = static_cast<std::int32_t>(plan.splits);
     problem.scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(sizes.dim)));
     auto* const run = tensors.type == DType::kFloat16 ? &launch_dim<Half> : &launch_dim<BFloat16>;
-    run(sizes.dim, problem, plan, sizes.batch, on, stream);
+    run(sizes.dim, problem, tensors, sizes.batch, on, stream);
 }
 
 }  // namespace d2_trt

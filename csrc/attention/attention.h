@@ -1,6 +1,7 @@
-// Multi-head attention of few queries over many keys, on tensor cores, with the mask of masked attention made on the way:
-// a query attends where its mask logit, the product of its mask embedding with a key's features, is not negative; a query
-// that may attend nowhere attends everywhere (Mask2Former, Cheng et al. 2022, equation 2). The mask is in no memory.
+// Multi-head attention of few queries over many keys, on tensor cores. Masked attention's mask is made here too: a query
+// attends where its mask logit, the product of its mask embedding with a key's features, is not negative; a query that may
+// attend nowhere attends everywhere (Mask2Former, Cheng et al. 2022, equation 2). Between kernels it is a bit for each query
+// and key, whatever the number of heads.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -21,7 +22,7 @@ struct AttentionSizes {
     std::int64_t batch = 0;
     std::int64_t queries = 0;
     std::int64_t keys = 0;
-    std::int64_t heads = 0;     // 1 to 8, or a multiple of 8
+    std::int64_t heads = 0;     // 1 to kMaxHeads
     std::int64_t dim = 0;       // D, channels of a head: 8, 16, 32 or 64
     std::int64_t q_stride = 0;  // at least heads * dim, multiples of 8
     std::int64_t k_stride = 0;

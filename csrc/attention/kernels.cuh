@@ -1,9 +1,9 @@
 // The attention kernels, in terms of primitives.cuh alone: tests/native runs them on a CPU over emulated primitives.
 //
-// A block has all queries of a group (up to kBlocks times 16 rows), a warp for each head, and a part of the keys, which it
-// takes 32 at a time. Keys and values go through shared memory that one warp fills and reads, with 16 bytes an access; a
-// sum over channels may take them in any order, so lanes take neighbouring channels where the instruction's own order would
-// need a transposition. Queries and mask embeddings come from the first-level cache each time.
+// mask_kernel finds the keys that each query may attend to, 32 in a word. attention_kernel gives a block one head, up to
+// 128 queries and a part of the keys, which it takes 32 at a time; a warp has 16 or 32 queries. combine_kernel adds up the
+// parts. A sum over channels may take them in any order: lanes take neighbouring channels, 16 bytes an access, where the
+// instruction's own order would need a transposition. Loops are rolled: a tile's code must stay in the instruction cache.
 #pragma once
 
 #ifndef D2_TRT_EMULATED
@@ -14,7 +14,8 @@ namespace d2_trt {
 
 constexpr int kTileKeys = 32;
 constexpr int kBlockRows = 16;
-constexpr int kMaxWarps = 8;
+constexpr int kMaskWarps = 4;
+constexpr int kStages = 4;  // tiles of keys and values that are on their way or in use
 constexpr int kCombineThreads = 512;
 
 struct AttentionProblem {
@@ -24,26 +25,34 @@ struct AttentionProblem {
     float const* mask_embed;
     void const* features;
     void* out;
-    float* partial;  // (B, Q, splits, heads * D): sums of the splits, not divided by their weights
-    float2* stats;   // (B, Q, splits, heads): largest logit, and the sum of weights, negative where all keys were blocked
-    std::int32_t queries, keys, heads, mask_dim;
+    std::uint32_t* allowed;  // (B, tiles, rows): a bit for each key of a tile
+    float* partial;          // (B, Q, splits, heads * D): sums of the splits, not divided by their weights
+    float2* stats;  // (B, Q, splits, heads): largest logit, and the sum of weights, negative where all keys were blocked
+    std::int32_t queries, rows, keys, heads, mask_dim;  // rows: queries rounded up to blocks of 16
     std::int64_t q_stride, k_stride, v_stride;
-    std::int32_t group_blocks;  // blocks of 16 rows of a group
     std::int32_t tiles, tiles_per_split, splits;
     float scale;  // of the logits, for powers of 2: log2(e) / sqrt(D)
 };
 
-// Layout of the shared memory, in bytes.
+// A tile of keys and values in shared memory, in bytes.
 template <int D>
 struct Tile {
-    static constexpr int kWords = D / 8;       // words of a query's or key's channels that a lane holds
-    static constexpr int kKPitch = D * 2;      // lanes read whole rows: no two in one bank
+    static constexpr int kWords = D / 8;        // words of a query's or key's channels that a lane holds
+    static constexpr int kKPitch = D * 2;       // lanes read whole rows: no two in one bank
     static constexpr int kVPitch = D * 2 + 16;  // lanes read parts of every second row: shifted by four banks each
-    static constexpr int kWarpBytes = kTileKeys * (kKPitch + kVPitch);
+    static constexpr int kBytes = kTileKeys * (kKPitch + kVPitch);
 };
 
-// From row to row of the features: an odd multiple of 64 bytes, so that two rows fill the banks.
-__host__ __device__ inline int feature_pitch(int mask_dim) { return mask_dim * 2 | 64; }
+// Blocks of 16 queries that a warp of attention_kernel has, warps of a block, and blocks on a multiprocessor.
+template <int D, bool kMasked>
+struct Shape {
+    static constexpr int kBlocks = kMasked ? 2 : 1;
+    static constexpr int kMaxWarps = kMasked ? 4 : 8;
+    static constexpr int kResident = D == 64 ? (kMasked ? 2 : 1) : (kMasked ? 3 : 2);
+};
+
+// Shared memory of mask_kernel: the mask embeddings of `blocks` of 16 queries, in fragments.
+__host__ __device__ inline int mask_shared_bytes(int blocks, int mask_dim) { return blocks * mask_dim * 64; }
 
 // Words from shared memory.
 template <int kWords>
@@ -83,12 +92,12 @@ __device__ __forceinline__ void load_words(std::uint32_t (&words)[kWords], void 
 }
 
 // Copies the rows of a tile from global to shared memory, zeros for those past the last. `worker` of `workers` threads.
+template <int kRowBytes>
 __device__ __forceinline__ void copy_rows(
-    unsigned char* to, int pitch, unsigned char const* from, std::int64_t stride_bytes, int row_bytes, int rows, int worker,
-    int workers) {
-    int const pieces = row_bytes / 16;
-    for (int i = worker; i < kTileKeys * pieces; i += workers) {
-        int const row = i / pieces, piece = i % pieces;
+    unsigned char* to, int pitch, unsigned char const* from, std::int64_t stride_bytes, int rows, int worker, int workers) {
+    constexpr int kPieces = kRowBytes / 16;
+    for (int i = worker; i < kTileKeys * kPieces; i += workers) {
+        int const row = i / kPieces, piece = i % kPieces;
         bool const past = row >= rows;
         copy_async(to + row * pitch + piece * 16, from + (past ? 0 : row * stride_bytes) + piece * 16, past);
     }
@@ -107,217 +116,226 @@ __device__ __forceinline__ void high_and_low(
     }
 }
 
-// Which of a tile's keys the 16 queries from `row` on may attend to: one bit a key, zero for queries past the last.
-template <typename T>
-__device__ __forceinline__ void find_allowed(
-    AttentionProblem const& problem, std::int64_t image, int row, unsigned char const* features, int pitch,
-    std::uint32_t valid, int lane, std::uint32_t* allowed) {
+// Which keys queries may attend to. A block has kBlocks times 16 queries, a warp of it a tile of keys.
+template <typename T, int kBlocks>
+__global__ void __launch_bounds__(kMaskWarps * 32) mask_kernel(__grid_constant__ AttentionProblem const problem) {
+    int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int const g = lane / 4, t = lane % 4;
-    int const channels = problem.mask_dim;
-    bool const inside[2] = {row + g < problem.queries, row + g + 8 < problem.queries};
-    float const* const embed = problem.mask_embed + (image * problem.queries + row + g) * channels + 8 * t;
-    float4 next[2][2];
-    auto const fetch = [&](int channel) {
+    int const channels = problem.mask_dim, pieces = channels / 32;
+    int const first_row = static_cast<int>(blockIdx.y) * kBlocks * kBlockRows;
+    std::int64_t const image = blockIdx.z;
+    // (kBlocks, pieces, rows g or g + 8, high or low, lane): four words each, of the channels 8 t and on
+    auto* const fragments = reinterpret_cast<uint4*>(shared_memory());
+    float const* const embed = problem.mask_embed + image * problem.queries * channels;
+#pragma unroll 2
+    for (int item = warp; item < kBlocks * pieces; item += kMaskWarps) {
+        int const row = first_row + item / pieces * kBlockRows + g;
+        int const channel = item % pieces * 32 + 8 * t;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
+            float4 values[2] = {};
+            if (row + 8 * h < problem.queries) {
+                auto const* const from =
+                    reinterpret_cast<float4 const*>(embed + static_cast<std::int64_t>(row + 8 * h) * channels + channel);
+                values[0] = load(from);
+                values[1] = load(from + 1);
+            }
+            std::uint32_t high[4], low[4];
+            high_and_low<T>(values[0], values[1], high, low);
+            fragments[(item * 4 + 2 * h) * 32 + lane] = {high[0], high[1], high[2], high[3]};
+            fragments[(item * 4 + 2 * h + 1) * 32 + lane] = {low[0], low[1], low[2], low[3]};
+        }
+    }
+    sync_block();
+    int const tile = static_cast<int>(blockIdx.x) * kMaskWarps + warp;
+    if (tile >= problem.tiles) return;
+
+    int const left = problem.keys - tile * kTileKeys;
+    std::int64_t const key = image * problem.keys + static_cast<std::int64_t>(tile) * kTileKeys + g;
+    auto const* const features = static_cast<unsigned char const*>(problem.features) + 2 * key * channels + 16 * t;
+    std::uint32_t next[4][4];  // of key 8 j + g, channels 8 t and on
+    auto const fetch = [&](int piece) {
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                next[h][i] = {0.f, 0.f, 0.f, 0.f};
-                if (inside[h]) {
-                    next[h][i] = load(reinterpret_cast<float4 const*>(embed + 8 * h * channels + channel) + i);
+        for (int j = 0; j < 4; ++j) load_words(next[j], features + 16 * j * channels + 64 * piece, 8 * j + g < left);
+    };
+    float logits[kBlocks][4][4] = {};
+    fetch(0);
+#pragma unroll 1
+    for (int piece = 0; piece < pieces; ++piece) {
+        std::uint32_t f[4][4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) f[j][i] = next[j][i];
+        }
+        if (piece + 1 < pieces) fetch(piece + 1);
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+            std::uint32_t e[2][2][4];  // rows g and g + 8, high and low
+#pragma unroll
+            for (int i = 0; i < 4; ++i) read_words(e[i / 2][i % 2], fragments + ((b * pieces + piece) * 4 + i) * 32 + lane);
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+#pragma unroll
+                for (int s = 0; s < 4; s += 2) {
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        multiply<T>(
+                            logits[b][j], e[0][part][s], e[1][part][s], e[0][part][s + 1], e[1][part][s + 1], f[j][s],
+                            f[j][s + 1]);
+                    }
                 }
             }
         }
-    };
-    float logits[4][4] = {};
-    unsigned char const* const mine = features + g * pitch + 16 * t;
-    fetch(0);
-    for (int channel = 0; channel < channels; channel += 32) {
-        std::uint32_t high[2][4], low[2][4];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) high_and_low<T>(next[h][0], next[h][1], high[h], low[h]);
-        if (channel + 32 < channels) fetch(channel + 32);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            std::uint32_t f[4];
-            read_words(f, mine + 8 * j * pitch + 2 * channel);
-#pragma unroll
-            for (int s = 0; s < 4; s += 2) {
-                multiply<T>(logits[j], high[0][s], high[1][s], high[0][s + 1], high[1][s + 1], f[s], f[s + 1]);
-                multiply<T>(logits[j], low[0][s], low[1][s], low[0][s + 1], low[1][s + 1], f[s], f[s + 1]);
-            }
-        }
     }
+    std::uint32_t const valid = left >= kTileKeys ? 0xffffffffu : (1u << left) - 1u;
+    std::uint32_t* const allowed = problem.allowed + (image * problem.tiles + tile) * problem.rows;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        std::uint32_t blocked = 0;
+    for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            blocked |= (logits[j][2 * h] < 0.f ? 1u : 0u) << (8 * j);
-            blocked |= (logits[j][2 * h + 1] < 0.f ? 2u : 0u) << (8 * j);
+        for (int h = 0; h < 2; ++h) {
+            std::uint32_t blocked = 0;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                blocked |= (logits[b][j][2 * h] < 0.f ? 1u : 0u) << (8 * j);
+                blocked |= (logits[b][j][2 * h + 1] < 0.f ? 2u : 0u) << (8 * j);
+            }
+            blocked <<= 2 * t;
+            blocked |= shuffle_xor(blocked, 1);
+            blocked |= shuffle_xor(blocked, 2);
+            int const row = first_row + b * kBlockRows + 8 * h + g;
+            if (t == 0 && row < problem.rows) allowed[row] = ~blocked & valid;
         }
-        blocked <<= 2 * t;
-        blocked |= shuffle_xor(blocked, 1);
-        blocked |= shuffle_xor(blocked, 2);
-        if (t == 0) allowed[g + 8 * h] = inside[h] ? ~blocked & valid : 0u;
     }
 }
 
-// kBlocks: the largest number of blocks of 16 queries.
-template <typename T, int D, int kBlocks, bool kMasked>
-__global__ void __launch_bounds__(kMaxWarps * 32) attention_kernel(__grid_constant__ AttentionProblem const problem) {
+template <typename T, int D, bool kMasked>
+__global__ void __launch_bounds__(Shape<D, kMasked>::kMaxWarps * 32, Shape<D, kMasked>::kResident)
+    attention_kernel(__grid_constant__ AttentionProblem const problem) {
     using Layout = Tile<D>;
+    constexpr int kBlocks = Shape<D, kMasked>::kBlocks;
     constexpr int kWords = Layout::kWords;
-    static_assert(kBlocks <= 16, "a bit for each row that a lane holds");
     int const lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     int const g = lane / 4, t = lane % 4;
-    int const head_groups = problem.heads / warps;
-    int const head = static_cast<int>(blockIdx.y) % head_groups * warps + warp;
-    int const first_row = static_cast<int>(blockIdx.y) / head_groups * problem.group_blocks * kBlockRows;
-    int const rows = problem.queries - first_row;
-    int const row_blocks = (rows + kBlockRows - 1) / kBlockRows;
-    int const blocks = row_blocks < problem.group_blocks ? row_blocks : problem.group_blocks;
+    int const head = static_cast<int>(blockIdx.y) % problem.heads;
+    int const group = static_cast<int>(blockIdx.y) / problem.heads;
+    int const first_row = (group * warps + warp) * kBlocks * kBlockRows;  // the warp's
+    int const rows = problem.queries - first_row;                         // may be none
     std::int64_t const image = blockIdx.z;
     int const split = blockIdx.x;
     int const first_tile = split * problem.tiles_per_split;
     int const last_tile = first_tile + problem.tiles_per_split;
     int const end_tile = last_tile < problem.tiles ? last_tile : problem.tiles;
 
-    unsigned char* const own = shared_memory() + warp * Layout::kWarpBytes;
-    unsigned char* const own_values = own + kTileKeys * Layout::kKPitch;
-    unsigned char* const features = shared_memory() + warps * Layout::kWarpBytes;
-    int const pitch = kMasked ? feature_pitch(problem.mask_dim) : 0;
-    auto* const allowed = reinterpret_cast<std::uint32_t*>(features + kTileKeys * pitch);
-
     auto const* const k =
         static_cast<unsigned char const*>(problem.k) + 2 * (image * problem.keys * problem.k_stride + head * D);
     auto const* const v =
         static_cast<unsigned char const*>(problem.v) + 2 * (image * problem.keys * problem.v_stride + head * D);
-    auto const copy_keys = [&](int tile) {
-        std::int64_t const key = static_cast<std::int64_t>(tile) * kTileKeys;
-        int const count = problem.keys - tile * kTileKeys;
-        copy_rows(own, Layout::kKPitch, k + 2 * key * problem.k_stride, 2 * problem.k_stride, 2 * D, count, lane, 32);
-        copy_rows(own_values, Layout::kVPitch, v + 2 * key * problem.v_stride, 2 * problem.v_stride, 2 * D, count, lane, 32);
+    auto const copy_tile = [&](int tile) {
+        if (tile < end_tile) {
+            unsigned char* const to = shared_memory() + tile % kStages * Layout::kBytes;
+            std::int64_t const key = static_cast<std::int64_t>(tile) * kTileKeys;
+            int const count = problem.keys - tile * kTileKeys;
+            copy_rows<2 * D>(
+                to, Layout::kKPitch, k + 2 * key * problem.k_stride, 2 * problem.k_stride, count, threadIdx.x, blockDim.x);
+            copy_rows<2 * D>(
+                to + kTileKeys * Layout::kKPitch, Layout::kVPitch, v + 2 * key * problem.v_stride, 2 * problem.v_stride,
+                count, threadIdx.x, blockDim.x);
+        }
+        end_copies();
     };
-    auto const copy_features = [&](int tile) {
-        std::int64_t const row = image * problem.keys + static_cast<std::int64_t>(tile) * kTileKeys;
-        int const bytes = 2 * problem.mask_dim;
-        copy_rows(
-            features, pitch, static_cast<unsigned char const*>(problem.features) + row * bytes, bytes, bytes,
-            problem.keys - tile * kTileKeys, threadIdx.x, blockDim.x);
-    };
+    for (int i = 0; i < kStages - 1; ++i) copy_tile(first_tile + i);
+
+    std::uint32_t queries[kBlocks][2][kWords];  // rows g and g + 8 of each block
     auto const* const q = static_cast<unsigned char const*>(problem.q) +
                           2 * ((image * problem.queries + first_row + g) * problem.q_stride + head * D) + 4 * kWords * t;
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i) load_words(queries[i / 2][i % 2], q + 16 * i * problem.q_stride, 8 * i + g < rows);
 
-    // Of row g and row g + 8 of each block: sums of values, largest logit so far, sum of weights (a lane's own keys), and
-    // whether a key was seen that the query may attend to. Until then all keys count, for a query that may attend nowhere.
+    // Of the same rows: sums of values, largest logit so far, sum of weights (a lane's own keys), and whether a key was seen
+    // that the query may attend to. Until then all keys count, for a query that may attend nowhere.
     float sums[kBlocks][kWords][4] = {};
     float highest[kBlocks][2], total[kBlocks][2] = {};
     std::uint32_t seen = 0;
+    std::uint32_t next[kBlocks][2] = {};  // allowed keys of the next tile
+    auto const fetch = [&](int tile) {
+        std::uint32_t const* const allowed = problem.allowed + (image * problem.tiles + tile) * problem.rows + first_row + g;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
+        for (int i = 0; i < 2 * kBlocks; ++i) next[i / 2][i % 2] = 8 * i + g < rows ? load(allowed + 8 * i) : 0u;
+    };
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            bool const past = kMasked && b * kBlockRows + g + 8 * h >= rows;  // such rows attend to nothing
-            highest[b][h] = past ? 0.f : -INFINITY;
-            seen |= (past ? 1u : 0u) << (2 * b + h);
-        }
+    for (int i = 0; i < 2 * kBlocks; ++i) {
+        bool const past = kMasked && 8 * i + g >= rows;  // such rows attend to nothing
+        highest[i / 2][i % 2] = past ? 0.f : -INFINITY;
+        seen |= (past ? 1u : 0u) << i;
     }
+    if constexpr (kMasked) fetch(first_tile);
 
-    copy_keys(first_tile);
-    if constexpr (kMasked) copy_features(first_tile);
+#pragma unroll 1
     for (int tile = first_tile; tile < end_tile; ++tile) {
         int const left = problem.keys - tile * kTileKeys;
         std::uint32_t const valid = left >= kTileKeys ? 0xffffffffu : (1u << left) - 1u;
-        bool const more = tile + 1 < end_tile;
-        wait_copies();
-        if constexpr (kMasked) {
-            sync_block();  // the features are there, and nobody reads the bits of the tile before
-            for (int b = warp; b < blocks; b += warps) {
-                find_allowed<T>(
-                    problem, image, first_row + b * kBlockRows, features, pitch, valid, lane, allowed + b * kBlockRows);
-            }
-            sync_block();
-            if (more) copy_features(tile + 1);
-        } else {
-            sync_warp();
-        }
+        wait_copies<kStages - 2>();
+        sync_block();  // the tile is there, and nobody reads the one before
+        copy_tile(tile + kStages - 1);
 
-        std::uint32_t key_words[4][kWords];         // key 8 j + g, channels 2 kWords t and on
-        std::uint32_t value_words[2][kWords][2];    // keys 16 s + {2t, 2t+1}, {2t+8, 2t+9}; channel kWords g + j
+        std::uint32_t use[kBlocks][2];
+        bool some = false;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) read_words(key_words[j], own + (8 * j + g) * Layout::kKPitch + 4 * kWords * t);
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                unsigned char const* const row = own_values + (16 * s + 8 * i + 2 * t) * Layout::kVPitch + 2 * kWords * g;
-                if constexpr (kWords == 1) {
-                    std::uint32_t const first = *reinterpret_cast<std::uint16_t const*>(row);
-                    std::uint32_t const second = *reinterpret_cast<std::uint16_t const*>(row + Layout::kVPitch);
-                    value_words[s][0][i] = halves(first, second, 0);
-                } else {
-                    std::uint32_t first[kWords / 2], second[kWords / 2];
-                    read_words(first, row);
-                    read_words(second, row + Layout::kVPitch);
-#pragma unroll
-                    for (int j = 0; j < kWords; ++j) value_words[s][j][i] = halves(first[j / 2], second[j / 2], j % 2);
-                }
-            }
-        }
-        sync_warp();
-        if (more) copy_keys(tile + 1);
-
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-            if (b >= blocks) break;
-            std::uint32_t queries[2][kWords];  // rows g, g + 8
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                load_words(
-                    queries[h], q + 2 * (b * kBlockRows + 8 * h) * problem.q_stride, b * kBlockRows + 8 * h + g < rows);
-            }
-            std::uint32_t use[2] = {valid, valid};
+        for (int i = 0; i < 2 * kBlocks; ++i) {
+            std::uint32_t& word = use[i / 2][i % 2];
+            word = valid;
             if constexpr (kMasked) {
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    std::uint32_t const bit = 1u << (2 * b + h);
-                    std::uint32_t const word = allowed[b * kBlockRows + g + 8 * h];
-                    if (seen & bit) {
-                        use[h] = word;
-                    } else if (word != 0) {  // what was summed so far was not allowed
-                        use[h] = word;
-                        seen |= bit;
-                        highest[b][h] = -INFINITY;
-                    }
+                std::uint32_t const bit = 1u << i;
+                std::uint32_t const allowed = next[i / 2][i % 2];
+                if (seen & bit) {
+                    word = allowed;
+                } else if (allowed != 0) {  // what was summed so far was not allowed
+                    word = allowed;
+                    seen |= bit;
+                    highest[i / 2][i % 2] = -INFINITY;
                 }
-                if (!any_lane((use[0] | use[1]) != 0)) continue;
+                some = some || word != 0;
             }
+        }
+        if constexpr (kMasked) {
+            if (tile + 1 < end_tile) fetch(tile + 1);
+            if (!any_lane(some)) continue;
+        }
 
-            float logits[4][4] = {};  // of keys 8 j + {2t, 2t+1}, rows g and g + 8
+        unsigned char const* const keys = shared_memory() + tile % kStages * Layout::kBytes;
+        unsigned char const* const values = keys + kTileKeys * Layout::kKPitch;
+        float logits[kBlocks][4][4] = {};  // of keys 8 j + {2t, 2t+1}, rows g and g + 8
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < 4; ++j) {
+            std::uint32_t words[kWords];  // key 8 j + g, channels 2 kWords t and on
+            read_words(words, keys + (8 * j + g) * Layout::kKPitch + 4 * kWords * t);
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b) {
                 if constexpr (kWords == 1) {
-                    multiply<T>(logits[j], queries[0][0], queries[1][0], 0, 0, key_words[j][0], 0);
+                    multiply<T>(logits[b][j], queries[b][0][0], queries[b][1][0], 0, 0, words[0], 0);
                 } else {
 #pragma unroll
                     for (int s = 0; s < kWords; s += 2) {
                         multiply<T>(
-                            logits[j], queries[0][s], queries[1][s], queries[0][s + 1], queries[1][s + 1], key_words[j][s],
-                            key_words[j][s + 1]);
+                            logits[b][j], queries[b][0][s], queries[b][1][s], queries[b][0][s + 1], queries[b][1][s + 1],
+                            words[s], words[s + 1]);
                     }
                 }
             }
+        }
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
             float shrink[2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                std::uint32_t const mine = use[h] >> (2 * t);
+                std::uint32_t const mine = use[b][h] >> (2 * t);
                 float largest = -INFINITY;
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        float& logit = logits[j][2 * h + i];
+                        float& logit = logits[b][j][2 * h + i];
                         logit = mine & (1u << (8 * j + i)) ? logit : -INFINITY;
                         largest = fmaxf(largest, logit);
                     }
@@ -333,7 +351,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attention_kernel(__grid_consta
                 for (int j = 0; j < 4; ++j) {
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        float& logit = logits[j][2 * h + i];
+                        float& logit = logits[b][j][2 * h + i];
                         logit = exp2_fast(fmaf(logit, problem.scale, -now));
                         weights += logit;
                     }
@@ -345,18 +363,41 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attention_kernel(__grid_consta
 #pragma unroll
                 for (int i = 0; i < 4; ++i) sums[b][j][i] *= shrink[i / 2];
             }
+        }
 #pragma unroll
-            for (int s = 0; s < 2; ++s) {
-                std::uint32_t weights[4];
+        for (int s = 0; s < 2; ++s) {
+            std::uint32_t weights[kBlocks][4];
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    float const(&pair)[4] = logits[2 * s + i / 2];
-                    weights[i] = pack<T>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+                    float const(&pair)[4] = logits[b][2 * s + i / 2];
+                    weights[b][i] = pack<T>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
                 }
+            }
+            std::uint32_t columns[kWords][2];  // keys 16 s + {2t, 2t+1}, {2t+8, 2t+9}; channel kWords g + j
 #pragma unroll
-                for (int j = 0; j < kWords; ++j) {
-                    std::uint32_t const(&column)[2] = value_words[s][j];
-                    multiply<T>(sums[b][j], weights[0], weights[1], weights[2], weights[3], column[0], column[1]);
+            for (int i = 0; i < 2; ++i) {
+                unsigned char const* const row = values + (16 * s + 8 * i + 2 * t) * Layout::kVPitch + 2 * kWords * g;
+                if constexpr (kWords == 1) {
+                    std::uint32_t const first = *reinterpret_cast<std::uint16_t const*>(row);
+                    std::uint32_t const second = *reinterpret_cast<std::uint16_t const*>(row + Layout::kVPitch);
+                    columns[0][i] = halves(first, second, 0);
+                } else {
+                    std::uint32_t first[kWords / 2], second[kWords / 2];
+                    read_words(first, row);
+                    read_words(second, row + Layout::kVPitch);
+#pragma unroll
+                    for (int j = 0; j < kWords; ++j) columns[j][i] = halves(first[j / 2], second[j / 2], j % 2);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < kWords; ++j) {
+#pragma unroll
+                for (int b = 0; b < kBlocks; ++b) {
+                    multiply<T>(
+                        sums[b][j], weights[b][0], weights[b][1], weights[b][2], weights[b][3], columns[j][0],
+                        columns[j][1]);
                 }
             }
         }
@@ -365,7 +406,6 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attention_kernel(__grid_consta
     int const channels = problem.heads * D;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-        if (b >= blocks) break;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             float weights = total[b][h];
@@ -425,6 +465,7 @@ __global__ void __launch_bounds__(kCombineThreads)
     if (warp < head_count) {
         float2 const* const stats = problem.stats + row * splits * problem.heads + first_head + warp;
         float all = -INFINITY, allowed = -INFINITY;  // largest logits
+#pragma unroll 1
         for (int s = lane; s < splits; s += 32) {
             float2 const stat = stats[static_cast<std::int64_t>(s) * problem.heads];
             all = fmaxf(all, stat.x);
@@ -437,6 +478,7 @@ __global__ void __launch_bounds__(kCombineThreads)
         bool const some = allowed > -INFINITY;
         float const highest = some ? allowed : all;
         float weights = 0.f;
+#pragma unroll 1
         for (int s = lane; s < splits; s += 32) {
             float2 const stat = stats[static_cast<std::int64_t>(s) * problem.heads];
             float const factor = stat.y > 0.f || !some ? exp2_fast(stat.x - highest) : 0.f;
@@ -456,7 +498,7 @@ __global__ void __launch_bounds__(kCombineThreads)
     if (worker < workers) {
         auto const* const from =
             reinterpret_cast<float4 const*>(problem.partial + row * splits * channels + first_head * dim) + column;
-#pragma unroll 8
+#pragma unroll 4
         for (int s = worker; s < splits; s += workers) {
             float const factor = factors[head * splits + s];
             float4 const part = from[static_cast<std::int64_t>(s) * (channels / 4)];

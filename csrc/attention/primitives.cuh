@@ -97,9 +97,17 @@ __device__ __forceinline__ void copy_async(void* to, void const* from, bool clea
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(clear ? 0 : 16) : "memory");
 #endif
 }
+// Ends a group of copies; there may be none in it.
+__device__ __forceinline__ void end_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits for this thread's copies but those of the last `kLater` groups.
+template <int kLater>
 __device__ __forceinline__ void wait_copies() {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
 #endif
 }
 

@@ -21,37 +21,46 @@ struct Arguments {
     std::int64_t multiprocessors, may_split, backwards;
 };
 
-template <typename T, int D, int kBlocks, bool kMasked>
+template <typename T, int kBlocks>
+void run_mask(AttentionProblem const& p, Arguments const& a) {
+    Index const grid{int(divide_up(p.tiles, kMaskWarps)), int(divide_up(p.rows, kBlocks * kBlockRows)), int(a.batch)};
+    std::size_t const bytes = mask_shared_bytes(kBlocks, p.mask_dim);
+    emulation::run(grid, kMaskWarps * 32, bytes, a.backwards, [&] { mask_kernel<T, kBlocks>(p); });
+}
+
+template <typename T, int D, bool kMasked>
 void run(Arguments const& a) {
-    AttentionPlan const plan =
-        plan_attention(a.batch, a.queries, a.keys, a.heads, kBlocks, a.may_split != 0, a.multiprocessors);
+    using Blocks = Shape<D, kMasked>;
+    AttentionPlan const plan = plan_attention(
+        a.batch, a.queries, a.keys, a.heads, Blocks::kBlocks * kBlockRows, Blocks::kMaxWarps, a.may_split != 0,
+        a.multiprocessors * Blocks::kResident);
+    AttentionProblem p{};
+    p.rows = divide_up(a.queries, kBlockRows) * kBlockRows;
     std::vector<float> partial(a.batch * a.queries * plan.splits * a.heads * D, NAN);
     std::vector<float2> stats(a.batch * a.queries * plan.splits * a.heads, float2{NAN, NAN});
-    AttentionProblem p{};
+    std::vector<std::uint32_t> allowed(a.batch * plan.tiles * p.rows, 0x5a5a5a5a);
     p.q = a.q, p.k = a.k, p.v = a.v, p.mask_embed = a.mask_embed, p.features = a.features, p.out = a.out;
-    p.partial = partial.data(), p.stats = stats.data();
+    p.partial = partial.data(), p.stats = stats.data(), p.allowed = allowed.data();
     p.queries = a.queries, p.keys = a.keys, p.heads = a.heads, p.mask_dim = a.mask_dim;
     p.q_stride = a.q_stride, p.k_stride = a.k_stride, p.v_stride = a.v_stride;
-    p.group_blocks = plan.group_blocks, p.tiles = plan.tiles, p.tiles_per_split = plan.tiles_per_split;
-    p.splits = plan.splits;
+    p.tiles = plan.tiles, p.tiles_per_split = plan.tiles_per_split, p.splits = plan.splits;
     p.scale = static_cast<float>(1.4426950408889634 / std::sqrt(double(D)));
-    std::size_t bytes = plan.warps * Tile<D>::kWarpBytes;
-    if (kMasked) bytes += kTileKeys * feature_pitch(a.mask_dim) + kBlocks * kBlockRows * 4;
-    Index const grid{int(plan.splits), int(plan.groups * plan.head_groups), int(a.batch)};
-    emulation::run(grid, plan.warps * 32, bytes, a.backwards, [&] { attention_kernel<T, D, kBlocks, kMasked>(p); });
+    if (kMasked) {
+        std::int64_t const blocks = mask_blocks(a.batch, a.queries, a.keys, kMaskWarps, a.multiprocessors);
+        blocks == 2 ? run_mask<T, 2>(p, a) : run_mask<T, 4>(p, a);
+    }
+    Index const grid{int(plan.splits), int(plan.groups * a.heads), int(a.batch)};
+    std::size_t const bytes = kStages * Tile<D>::kBytes;
+    emulation::run(grid, plan.warps * 32, bytes, a.backwards, [&] { attention_kernel<T, D, kMasked>(p); });
     if (plan.splits == 1) return;
-    Index const rows{int(a.queries), int(plan.head_groups), int(a.batch)};
-    std::size_t const combined = kCombineThreads * 16 + plan.warps * (plan.splits + 1) * 4;
-    emulation::run(rows, kCombineThreads, combined, a.backwards, [&] { combine_kernel<T>(p, D, plan.warps); });
+    Index const rows{int(a.queries), int(a.heads / plan.combine_heads), int(a.batch)};
+    std::size_t const combined = kCombineThreads * 16 + plan.combine_heads * (plan.splits + 1) * 4;
+    emulation::run(rows, kCombineThreads, combined, a.backwards, [&] { combine_kernel<T>(p, D, plan.combine_heads); });
 }
 
 template <typename T, int D>
 void run_masked(Arguments const& a) {
-    if (a.mask_dim > 0) {
-        run<T, D, D == 64 ? 3 : 7, true>(a);
-    } else {
-        run<T, D, 1, false>(a);
-    }
+    a.mask_dim > 0 ? run<T, D, true>(a) : run<T, D, false>(a);
 }
 
 template <typename T>
@@ -74,7 +83,7 @@ extern "C" void emulate_attention(Arguments const* arguments, int bfloat16) {
 extern "C" void plan_splits(
     std::int64_t batch, std::int64_t queries, std::int64_t keys, std::int64_t heads, std::int64_t multiprocessors,
     std::int64_t* needed, std::int64_t* most) {
-    AttentionPlan const plan = plan_attention(batch, queries, keys, heads, 7, true, multiprocessors);
+    AttentionPlan const plan = plan_attention(batch, queries, keys, heads, 32, 4, true, 2 * multiprocessors);
     *needed = plan.splits == 1 ? 0 : plan.splits * batch;
-    *most = most_splits(batch, keys, multiprocessors);
+    *most = most_splits(batch, keys, heads, 3 * multiprocessors);
 }

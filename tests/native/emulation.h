@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <vector>
 
@@ -43,7 +44,8 @@ struct Lane {
     ucontext_t context;
     std::vector<char> stack;
     std::function<void()> const* work = nullptr;
-    std::vector<std::function<void()>> copies;
+    std::vector<std::function<void()>> copies;  // of the group that is not ended
+    std::deque<std::vector<std::function<void()>>> groups;
     std::uint32_t words[6];
     float* sum = nullptr;
     bool done = false;
@@ -110,6 +112,7 @@ inline void run(Index grid, int threads, std::size_t shared_bytes, bool backward
                     l.work = &kernel;
                     l.done = false;
                     l.copies.clear();
+                    l.groups.clear();
                     getcontext(&l.context);
                     l.context.uc_stack.ss_sp = l.stack.data();
                     l.context.uc_stack.ss_size = l.stack.size();
@@ -275,9 +278,14 @@ inline void copy_async(void* to, void const* from, bool clear) {
     }
     emulation::lane().copies.push_back([=] { clear ? std::memset(to, 0, 16) : std::memcpy(to, from, 16); });
 }
-inline void wait_copies() {
-    for (auto const& copy : emulation::lane().copies) copy();
-    emulation::lane().copies.clear();
+inline void end_copies() { emulation::lane().groups.push_back(std::move(emulation::lane().copies)); }
+template <int kLater>
+void wait_copies() {
+    auto& groups = emulation::lane().groups;
+    while (groups.size() > kLater) {
+        for (auto const& copy : groups.front()) copy();
+        groups.pop_front();
+    }
 }
 
 template <typename V>

@@ -9,6 +9,7 @@ from ... import kernels
 
 # What csrc/attention/attention.h has code for.
 DTYPES = (torch.float16, torch.bfloat16)
+MAX_HEADS = 256
 HEAD_DIMS = (8, 16, 32, 64)
 MASK_DIM_STEP = 32
 MAX_MASK_DIM = 512
@@ -17,7 +18,7 @@ MAX_MASK_DIM = 512
 def supported(heads: int, dim: int, mask_dim: int = 0) -> bool:
     """Whether there is a kernel for so many heads, channels of a head, and channels of the mask embedding (0: no mask)."""
     return (
-        (1 <= heads <= 8 or (heads % 8 == 0 and heads <= 256))
+        1 <= heads <= MAX_HEADS
         and dim in HEAD_DIMS
         and mask_dim % MASK_DIM_STEP == 0
         and 0 <= mask_dim <= MAX_MASK_DIM
@@ -155,6 +156,6 @@ def _check(q, k, v, num_heads, mask_embed, mask_features) -> None:
             raise ValueError(f"{name} is on {tensor.device}, q on {q.device}; expected one GPU")
     if channels % num_heads or not supported(num_heads, channels // num_heads, mask_dim):
         raise ValueError(
-            f"{num_heads} heads of {channels} channels with a mask of {mask_dim} have no kernel; expected 1 to 8 heads or a "
-            f"multiple of 8, of {HEAD_DIMS} channels each, and a multiple of {MASK_DIM_STEP} up to {MAX_MASK_DIM}"
+            f"{num_heads} heads of {channels} channels with a mask of {mask_dim} have no kernel; expected 1 to "
+            f"{MAX_HEADS} heads of {HEAD_DIMS} channels each, and a multiple of {MASK_DIM_STEP} up to {MAX_MASK_DIM}"
         )
