@@ -10,6 +10,7 @@ void bind_ms_deform_attn(py::module_& module);
 void bind_normalization(py::module_& module);
 void bind_postprocess(py::module_& module);
 void bind_preprocess(py::module_& module);
+void bind_window_attention(py::module_& module);
 }  // namespace d2_trt
 
 PYBIND11_MODULE(_kernels, module) {
@@ -19,4 +20,5 @@ PYBIND11_MODULE(_kernels, module) {
     d2_trt::bind_normalization(module);
     d2_trt::bind_postprocess(module);
     d2_trt::bind_preprocess(module);
+    d2_trt::bind_window_attention(module);
 }

@@ -5,12 +5,14 @@
 #include "trt_plugin/group_norm_core.h"
 #include "trt_plugin/layer_norm_core.h"
 #include "trt_plugin/ms_deform_attn_core.h"
+#include "trt_plugin/window_attention_core.h"
 
 namespace d2_trt::plugin {
 
 template <typename... Cores>
 struct PluginList {};
 
-using Plugins = PluginList<AttentionPlugin, GroupNormPlugin, LayerNormPlugin, MsDeformAttnPlugin>;
+using Plugins =
+    PluginList<AttentionPlugin, GroupNormPlugin, LayerNormPlugin, MsDeformAttnPlugin, WindowAttentionPlugin>;
 
 }  // namespace d2_trt::plugin

@@ -6,12 +6,13 @@ import logging
 
 import torch
 
+from mask2former.modeling.backbone import window_attention_cuda
 from mask2former.modeling.transformer_decoder import attention_cuda
 
 from .. import plugin
 from ..errors import ConversionError
-from .layers import MASKED_LOGIT
-from .registry import converts
+from .layers import MASKED_LOGIT, linear
+from .registry import DECLINED, converts
 
 logger = logging.getLogger(__name__)
 _CORE = "mask2former.modeling.transformer_decoder.attention_core."
@@ -51,6 +52,35 @@ def window_attention(g, result, q, k, v, bias, mask, scale, dropout=0.0):
         m = g.tensor(mask)  # (windows, N, N) -> (1, windows, 1, N, N)
         terms.append(g.reshape(m, [1, g.size(m, 0), 1, m.shape[1], m.shape[2]]))
     return _attention(g, g.tensor(q), g.tensor(k), g.tensor(v), scale, terms)
+
+
+@converts("mask2former.modeling.backbone.swin.attend_in_windows")
+def attend_in_windows(g, result, x, attention, window_size, shift, mask):
+    """Padding, shift, partition and mask are the plugin's; where it is not used, each function is converted."""
+    heads, dim = attention.num_heads, attention.head_dim
+    with g.inside(attention):
+        dtype = g.compute_dtype(g.current_module())
+        if g.attention != "plugin" or dtype not in window_attention_cuda.DTYPES:
+            return DECLINED
+        if not window_attention_cuda.supported(window_size, dim):
+            _warn_of_sizes(
+                g, plugin.WINDOW_ATTENTION, f"windows of {window_size} with heads of {dim} channels"
+            )
+            return DECLINED
+    with g.inside(attention.qkv):
+        qkv = linear(g, None, g.tensor(x), attention.qkv.weight, attention.qkv.bias)
+    with g.inside(attention):
+        biases = attention.qkv.bias
+        biases = torch.zeros(3 * heads * dim) if biases is None else biases
+        span = 2 * window_size - 1
+        # (span * span, heads) -> (heads, span, span)
+        relative = attention.relative_position_bias_table.t().unflatten(1, (span, span))
+        inputs = [g.cast(qkv, dtype), g.constant(biases), g.constant(relative)]
+        sizes = {"heads": heads, "dim": dim, "window": window_size, "shift": shift}
+        fields = {"type": dtype, **sizes, "scale": float(attention.scale)}
+        out = plugin.add_layer(g.network, plugin.WINDOW_ATTENTION, inputs, fields).get_output(0)
+    with g.inside(attention.proj):
+        return linear(g, None, out, attention.proj.weight, attention.proj.bias)
 
 
 @converts(_CORE + "attention_mask")
@@ -110,15 +140,15 @@ def _precision(g, heads: int, dim: int, mask_dim: int = 0):
         return None, {}
     if attention_cuda.supported(heads, dim, mask_dim):
         return dtype, {}
-    logger.warning(
-        "%s has no code for %d heads of %d channels with a mask of %d: %s gets TensorRT's own layers, in float32",
-        plugin.ATTENTION.name,
-        heads,
-        dim,
-        mask_dim,
-        g.current_module(),
-    )
+    sizes = f"{heads} heads of {dim} channels with a mask of {mask_dim}"
+    _warn_of_sizes(g, plugin.ATTENTION, sizes, ", in float32")
     return None, {"compute": torch.float32, "out": torch.float32}
+
+
+def _warn_of_sizes(g, kind, sizes: str, how: str = "") -> None:
+    logger.warning(
+        "%s has no code for %s: %s gets TensorRT's own layers%s", kind.name, sizes, g.current_module(), how
+    )
 
 
 def _plugin(g, inputs, dtype, heads: int, masked: int, part: int):

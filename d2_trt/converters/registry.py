@@ -17,6 +17,9 @@ from ..errors import ConversionError
 
 CONVERTERS: dict[str, Callable] = {}
 
+# What a converter returns that leaves the conversion to what its function calls.
+DECLINED = object()
+
 # What reads no data and no size of a traced tensor, and so needs no layer.
 _HARMLESS = {
     "dtype",
@@ -47,7 +50,8 @@ def converts(*names: str):
 
     It is called as `converter(graph, result, *args, **kwargs)` with the arguments and the result of the original, and
     returns the network's tensor of the result, or as many as the result has tensors, or None where the result is no
-    tensor. It is not called where no argument was traced: what depends on constants alone is a constant.
+    tensor. A converter of a function of the model may return DECLINED: the functions that it calls are then converted. It
+    is not called where no argument was traced: what depends on constants alone is a constant.
     """
 
     def register(function):
@@ -88,7 +92,7 @@ def converter_table(graph) -> dict[str, dict]:
             continue
         module, qualified, original = found
         table[name] = {
-            "converter": functools.partial(_convert, graph, name, function),
+            "converter": functools.partial(_convert, graph, name, function, original=original),
             "is_real": True,
             "module": module,
             "module_name": module.__name__,
@@ -99,7 +103,7 @@ def converter_table(graph) -> dict[str, dict]:
     return table
 
 
-def _convert(graph, name: str, function: Callable, ctx) -> None:
+def _convert(graph, name: str, function: Callable, ctx, original: Callable | None = None) -> None:
     if not traced_tensors(ctx.method_args, ctx.method_kwargs):
         return
     try:
@@ -112,6 +116,8 @@ def _convert(graph, name: str, function: Callable, ctx) -> None:
         ) from error
     if made is None:
         return
+    if made is DECLINED:
+        made = _convert_inside(ctx, name, original)
     results = ctx.method_return if isinstance(made, (list, tuple)) else [ctx.method_return]
     for tensor, counterpart in zip(results, made if isinstance(made, (list, tuple)) else [made], strict=True):
         if len(counterpart.shape) != tensor.dim():
@@ -120,6 +126,22 @@ def _convert(graph, name: str, function: Callable, ctx) -> None:
                 f"{tensor.dim()}, in module '{graph.current_module()}' ({_caller()})"
             )
         tensor._trt = counterpart
+
+
+def _convert_inside(ctx, name: str, original: Callable):
+    """Runs a function of the model again, with what it calls converted; the network's tensor of its result."""
+    kept = {key: getattr(ctx, key) for key in ("lock", "method_args", "method_kwargs", "method_return")}
+    ctx.lock = False
+    try:
+        result = original(*kept["method_args"], **kept["method_kwargs"])
+    finally:
+        for key, value in kept.items():
+            setattr(ctx, key, value)
+    if not hasattr(result, "_trt"):
+        raise ConversionError(
+            f"the converter of {name} left it to the functions it calls, and these made no tensor"
+        )
+    return result._trt
 
 
 def _caller() -> str:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
+from mask2former.modeling import shape_ops
 from mask2former.modeling.pixel_decoder.ms_deform_attn_reference import ms_deform_attn_reference
 from mask2former.modeling.transformer_decoder import attention_core, attention_cuda
 
@@ -188,4 +189,53 @@ class GroupNorm(OurPlugin):
         return out.relu() if self.fields["relu"] else out
 
 
-OUR_PLUGINS = {cls.NAME: cls for cls in (GroupNorm, LayerNorm, Attention, MsDeformAttn)}
+class WindowAttention(OurPlugin):
+    """Inputs: qkv (B, H, W, 3 * C), its bias (3 * C), relative position bias (heads, 2 * window - 1, 2 * window - 1)."""
+
+    NAME = "D2TRTWindowAttention"
+    FIELDS: ClassVar = {
+        "type": int,
+        "heads": int,
+        "dim": int,
+        "window": int,
+        "shift": int,
+        "scale": float,
+    }
+
+    def possible(self):
+        f = self.fields
+        sizes = f["heads"] >= 1 and 1 <= f["window"] <= 12 and f["dim"] in (16, 32)
+        return f["type"] != 0 and self._is_type("type") and sizes and 0 <= f["shift"] < f["window"]
+
+    def input_types(self):
+        return [TYPE_NAMES[self.fields["type"]], "FLOAT", "FLOAT"]
+
+    def output_types(self):
+        return [TYPE_NAMES[self.fields["type"]]]
+
+    def compute(self, qkv, qkv_bias, bias):
+        heads, dim, window, shift, scale = (
+            self.fields[name] for name in ("heads", "dim", "window", "shift", "scale")
+        )
+        wide, span = 3 * heads * dim, 2 * window - 1
+        shapes = (qkv.dim(), qkv.shape[-1], tuple(qkv_bias.shape), tuple(bias.shape))
+        if shapes != (4, wide, (wide,), (heads, span, span)):
+            raise Refused(
+                f"qkv {tuple(qkv.shape)}, its bias {tuple(qkv_bias.shape)}, bias {tuple(bias.shape)}"
+            )
+        batch, height, width, _ = qkv.shape
+        high, across = (-(-n // window) * window for n in (height, width))
+        padded = qkv_bias.expand(batch, high, across, wide).clone()
+        padded[:, :height, :width] = qkv
+        shifted = torch.roll(padded, (-shift, -shift), (1, 2))
+        parts = shape_ops.window_partition(shifted, window).unflatten(3, (3, heads, dim))
+        q, k, v = parts.permute(3, 0, 1, 4, 2, 5)
+        y, x = torch.arange(window).repeat_interleave(window), torch.arange(window).repeat(window)
+        relative = bias[:, y[:, None] - y + window - 1, x[:, None] - x + window - 1]
+        mask = shape_ops.shifted_window_mask(shifted, window, shift) if shift else None
+        out = shape_ops.window_attention(q, k, v, relative, mask, scale).transpose(2, 3).flatten(3)
+        out = torch.roll(shape_ops.window_reverse(out, window, shifted), (shift, shift), (1, 2))
+        return out[:, :height, :width]
+
+
+OUR_PLUGINS = {cls.NAME: cls for cls in (GroupNorm, LayerNorm, Attention, MsDeformAttn, WindowAttention)}

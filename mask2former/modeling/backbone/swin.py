@@ -99,6 +99,28 @@ class WindowAttention(nn.Module):
         return self.proj_drop(self.proj(out.transpose(2, 3).flatten(3)))
 
 
+def attend_in_windows(
+    x: Tensor, attention: WindowAttention, window_size: int, shift: int, mask: Tensor | None
+) -> Tensor:
+    """Window attention of a map of any size: padded to whole windows, shifted, and back.
+
+    Args:
+        x: (B, H, W, C).
+        window_size, shift: in pixels.
+        mask: shifted_window_mask's of the padded map, where shift is not 0.
+
+    Returns:
+        (B, H, W, C).
+    """
+    padded = shape_ops.pad_to_multiple(x, window_size)
+    shifted = torch.roll(padded, shifts=(-shift, -shift), dims=(1, 2)) if shift > 0 else padded
+    windows = attention(shape_ops.window_partition(shifted, window_size), mask)
+    out = shape_ops.window_reverse(windows, window_size, padded)
+    if shift > 0:
+        out = torch.roll(out, shifts=(shift, shift), dims=(1, 2))
+    return shape_ops.crop_like(out, x)
+
+
 class SwinTransformerBlock(nn.Module):
     """Window attention, shifted by `shift_size` pixels, and an MLP, each with LayerNorm before it and residual."""
 
@@ -126,20 +148,9 @@ class SwinTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C); mask is shifted_window_mask's where the block shifts."""
-        x = x + self.drop_path(self.attend(self.norm1(x), mask))
+        attended = attend_in_windows(self.norm1(x), self.attn, self.window_size, self.shift_size, mask)
+        x = x + self.drop_path(attended)
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Window attention of a map of any size: padded to whole windows, shifted, and back."""
-        padded = shape_ops.pad_to_multiple(x, self.window_size)
-        shifted = padded
-        if self.shift_size > 0:
-            shifted = torch.roll(padded, shifts=(-self.shift_size, -self.shift_size), dims=(1, 2))
-        windows = self.attn(shape_ops.window_partition(shifted, self.window_size), mask)
-        out = shape_ops.window_reverse(windows, self.window_size, padded)
-        if self.shift_size > 0:
-            out = torch.roll(out, shifts=(self.shift_size, self.shift_size), dims=(1, 2))
-        return shape_ops.crop_like(out, x)
 
 
 class PatchMerging(nn.Module):
