@@ -97,7 +97,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=10, help="calls before those that count (10)")
     parser.add_argument("--iterations", type=int, default=50, help="calls of a stage that count (50)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each configuration (5)")
-    parser.add_argument("--stream-images", type=int, default=100, help="images of a stream (100)")
+    parser.add_argument(
+        "--stream-images", type=int, default=100, help="images of a stream, rounded up to whole batches (100)"
+    )
     parser.add_argument(
         "--eval-images", type=int, default=0, help="images of the data set, from its start (all)"
     )

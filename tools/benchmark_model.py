@@ -89,7 +89,7 @@ class Subject:
     def __init__(self, cfg, implementation: str, stream_images: int = 100):
         """
         Args:
-            stream_images: images of one TensorRTPredictor.stream.
+            stream_images: images of one TensorRTPredictor.stream, at least.
         """
         torch.manual_seed(0)
         self.release = implementation == "release"
@@ -145,13 +145,15 @@ class Subject:
             if not self.release:
                 stages["trt_predictor"] = Stage(lambda: self.predictor(case.image), 1, wall_clock=True)
         if not self.release:
+            # Whole batches: the size of a smaller last one would be another engine's.
+            count = -(-self.stream_images // batch) * batch
             stages["stream"] = Stage(
-                lambda: self._stream(case, batch), self.stream_images, wall_clock=True, slow=True
+                lambda: self._stream(case, batch, count), count, wall_clock=True, slow=True
             )
         return stages
 
-    def _stream(self, case: Case, batch: int) -> None:
-        images = (case.image for _ in range(self.stream_images))
+    def _stream(self, case: Case, batch: int, count: int) -> None:
+        images = (case.image for _ in range(count))
         for _ in self.predictor.stream(images, batch_size=batch, prefetch=max(8, 2 * batch)):
             pass
 
