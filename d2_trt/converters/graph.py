@@ -63,6 +63,8 @@ class Graph:
         self._inside = inside
         self._alive = []  # TensorRT reads weights when it builds: they must outlive the network
         self._shapes = {}
+        # Float types by tensor name: TensorRT 8.6 calls what a shuffle, slice or concatenation gives float32.
+        self._moved_types = {}
         self._iota = None
         self._float_types = {torch.float32: self.trt.float32, torch.float16: self.trt.float16}
         if hasattr(self.trt, "bfloat16"):
@@ -86,7 +88,11 @@ class Graph:
 
     def torch_dtype(self, tensor) -> torch.dtype:
         """The torch dtype of a floating network tensor."""
-        return next(dtype for dtype, kind in self._float_types.items() if kind == tensor.dtype)
+        return next(dtype for dtype, kind in self._float_types.items() if kind == self._kind(tensor))
+
+    def _kind(self, tensor):
+        """TensorRT's type of a tensor; of one whose elements were only moved, that of what they were moved from."""
+        return self._moved_types.get(tensor.name, tensor.dtype)
 
     def is_float(self, tensor) -> bool:
         return tensor.dtype in self._float_types.values()
@@ -133,7 +139,11 @@ class Graph:
                 inputs = [self.cast(x, self.compute_dtype(self.current_module())) for x in inputs]
             return add(*inputs).get_output(0)
         # Weakly typed: TensorRT carries the type through. Told one, a Myelin region refuses to convert on the way.
-        return add(*inputs).get_output(0)
+        result = add(*inputs).get_output(0)
+        kinds = {self._kind(x) for x in inputs if self.is_float(x)}
+        if len(kinds) == 1:
+            self._moved_types[result.name] = kinds.pop()
+        return result
 
     def emit(
         self, add: Callable, *inputs, compute: torch.dtype | None = None, out: torch.dtype | None = None
@@ -161,7 +171,7 @@ class Graph:
 
     def cast(self, tensor, dtype: torch.dtype):
         """The tensor in another type."""
-        if tensor.dtype == self.dtype(dtype):
+        if self._kind(tensor) == self.dtype(dtype):
             return tensor
         return self.network.add_cast(tensor, self.dtype(dtype)).get_output(0)
 

@@ -92,7 +92,7 @@ def test_decoder_with_our_plugin_stays_near_pytorch(registered, shapes, monkeypa
     assert not {"SOFTMAX", "SELECT", "SLICE"} & set(kinds)
     # In half precision, but for the mask embedding.
     for layer in layers:
-        types = [layer.get_input(i).dtype.name for i in range(layer.num_inputs)]
+        types = [layer.get_input(i)._kept_dtype.name for i in range(layer.num_inputs)]
         assert types == (["HALF"] * 3 + ["FLOAT", "HALF"] if "cross" in layer.name else ["HALF"])
         assert layer.get_output(0).dtype.name == "HALF"
     for shape in (TRACED, *OTHERS, (1, 3, 64, 64)) if shapes is DYNAMIC else (TRACED,):
@@ -130,7 +130,7 @@ def test_bfloat16_decoder(registered, monkeypatch):  # noqa: F811
     decoder = Decoder()
     network = trace(registered, builder.Core(decoder), with_attention(STATIC, "bf16"), monkeypatch)
     layers = attention_layers(network)
-    assert layers and all(layer.get_input(0).dtype.name == "BF16" for layer in layers)
+    assert layers and all(layer.get_input(0)._kept_dtype.name == "BF16" for layer in layers)
     assert max(errors(network, decoder, TRACED)) < 0.1
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from d2_trt import builder, compat, plugin
 from d2_trt.builder import BuildSpec
+from d2_trt.converters import Graph
 from mask2former.modeling import fused_ops
 from tests.d2_trt.test_conversion import DYNAMIC, OTHERS, STATIC, TRACED, Wrapped, random_images, trace
 from tests.d2_trt.test_plugin import plugin_layers, real, registered  # noqa: F401
@@ -105,7 +106,7 @@ def test_plugins_take_tensors_as_they_come_and_give_what_the_policy_says(
         layer = by_module(network)[name]
         inputs = [layer.get_input(i) for i in range(layer.num_inputs) if i not in (1, 2)]
         assert all(layer.get_input(i).dtype.name == "FLOAT" for i in (1, 2))
-        given = [tensor.dtype.name[0] for tensor in (*inputs, layer.get_output(0))]
+        given = [tensor._kept_dtype.name[0] for tensor in (*inputs, layer.get_output(0))]
         assert "".join(given) == wanted, name
     # No casts in front of the plugins.
     casts = [row["name"].split(":")[0] for row in network.precisions() if row["kind"] == "CAST"]
@@ -213,20 +214,27 @@ def test_real_engine_equals_pytorch(precision, shapes, channels, groups):
 
 
 @real
-def test_real_network_tells_the_type_of_a_tensor_that_was_only_moved():
-    """Converters choose the plugins' types by it."""
+def test_real_network_tells_moved_tensors_types_as_the_double_does():
+    """TensorRT 8.6 forgets the type of what it only moves; Graph remembers it."""
     trt = compat.tensorrt()  # noqa: F811
     made = trt.Builder(builder.trt_logger())
-    network = made.create_network(compat.network_flags())
-    if compat.strongly_typed():
-        half = network.add_input("x", trt.float16, (2, 3, 4))
-    else:
-        layer = network.add_identity(network.add_input("x", trt.float32, (2, 3, 4)))
-        layer.precision = trt.float16
-        layer.set_output_type(0, trt.float16)
-        half = layer.get_output(0)
-    shuffle = network.add_shuffle(half)
-    shuffle.first_transpose = (0, 2, 1)
-    part = network.add_slice(shuffle.get_output(0), (0, 0, 0), (1, 4, 3), (1, 1, 1)).get_output(0)
-    joined = network.add_concatenation([part, part]).get_output(0)
-    assert [t.dtype for t in (half, shuffle.get_output(0), part, joined)] == [trt.float16] * 4
+    _check_moved_types(trt, made.create_network(compat.network_flags()))
+
+
+def test_graph_knows_the_type_of_a_tensor_that_was_only_moved(trt):  # noqa: F811
+    _check_moved_types(trt, build_network(trt))
+
+
+def _check_moved_types(trt, network):  # noqa: F811
+    graph = Graph(network, lambda _: torch.float16, lambda: "", largest_size=64)
+    x = network.add_input("x", trt.float32, (2, 3, 4))
+    half = graph.emit(lambda t: network.add_activation(t, trt.ActivationType.RELU), x)
+    moved = graph.transpose(half, (0, 2, 1))
+    part = graph.slice(moved, [0, 0, 0], [1, 4, 3])
+    joined = graph.concat([part, part], 0)
+    wanted = trt.float16 if compat.strongly_typed() else trt.float32
+    assert half.dtype == trt.float16 and [t.dtype for t in (moved, part, joined)] == [wanted] * 3
+    for tensor in (half, moved, part, joined):
+        assert graph.torch_dtype(tensor) == torch.float16
+        assert graph.cast(tensor, torch.float16) is tensor
+    assert graph.torch_dtype(graph.transpose(x, (2, 1, 0))) == torch.float32

@@ -85,7 +85,7 @@ def test_plugin_gets_the_types_that_the_policy_gives_its_neighbours(
     spec = BuildSpec(**STATIC, msda="plugin", precision=precision, fp32_modules=pins)
     network = trace(registered, builder.Core(model), spec, monkeypatch)
     for layer in plugin_layers(network):
-        assert [layer.get_input(i).dtype.name for i in range(3)] == wanted
+        assert [layer.get_input(i)._kept_dtype.name for i in range(3)] == wanted
         assert layer.get_input(3).dtype.name == "INT32"
         assert layer.get_output(0).dtype.name == wanted[0]
     assert max(errors(network, model, TRACED)) < (1e-4 if precision == "fp32" else 0.2)

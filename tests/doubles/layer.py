@@ -58,11 +58,21 @@ class FakeTensor(ApiObject):
 
     @property
     def dtype(self):
-        return (
-            self._declared[0]
-            if self._producer is None
-            else self._network._layer_dtypes(self._producer)[self._index]
-        )
+        if (
+            self._producer is not None
+            and self._producer._only_moves
+            and not self._network._strong
+            and self._producer._is_float(self._kept_dtype)
+        ):
+            return self._api.trt.float32  # what TensorRT 8.6.0 says, whatever was moved
+        return self._kept_dtype
+
+    @property
+    def _kept_dtype(self):
+        """The type of the values, also where TensorRT tells another."""
+        if self._producer is None:
+            return self._declared[0]
+        return self._network._layer_dtypes(self._producer)[self._index]
 
     @dtype.setter
     def dtype(self, value):
@@ -135,6 +145,7 @@ class FakeLayer(ApiObject):
     _max_inputs = 1
     # Can its output be computed on the host, as a shape tensor?
     _host = False
+    _only_moves = False  # elements, so that no precision is asked of it
 
     def __init__(self, network: FakeNetwork, inputs: Sequence[FakeTensor], **values):
         super().__init__(network._api)
@@ -283,7 +294,9 @@ class FakeLayer(ApiObject):
     def _common_dtype(self, *indices: int):
         """The type of inputs that must agree: equal, or in weak typing all floating."""
         dtypes = [
-            self._inputs[i].dtype for i in (indices or range(len(self._inputs))) if self._in(i) is not None
+            self._inputs[i]._kept_dtype
+            for i in (indices or range(len(self._inputs)))
+            if self._in(i) is not None
         ]
         if len(set(dtypes)) > 1:
             if self._network._strong or not all(self._is_float(d) for d in dtypes):

@@ -24,6 +24,7 @@ class ShapeLayer(FakeLayer):
 
 
 class ShuffleLayer(FakeLayer):
+    _only_moves = True
     _kind, _type, _host, _max_inputs, _shape_inputs = "IShuffleLayer", "SHUFFLE", True, 2, frozenset({1})
     _settable: ClassVar = {
         "first_transpose": as_permutation,
@@ -38,7 +39,7 @@ class ShuffleLayer(FakeLayer):
         super()._changed(name)
 
     def _dtypes(self):
-        return [self._inputs[0].dtype]
+        return [self._inputs[0]._kept_dtype]
 
     def _permute(self, x, name):
         order = self._values.get(name)
@@ -80,6 +81,7 @@ class ShuffleLayer(FakeLayer):
 
 
 class ConcatenationLayer(FakeLayer):
+    _only_moves = True
     _kind, _type, _host, _max_inputs = "IConcatenationLayer", "CONCATENATION", True, 10_000
     _settable: ClassVar = {"axis": as_int}
 
@@ -97,6 +99,7 @@ class ConcatenationLayer(FakeLayer):
 
 
 class SliceLayer(FakeLayer):
+    _only_moves = True
     _kind, _type, _host, _max_inputs, _shape_inputs = "ISliceLayer", "SLICE", True, 6, frozenset({1, 2, 3, 5})
     _settable: ClassVar = {
         "start": as_dims,
@@ -121,7 +124,7 @@ class SliceLayer(FakeLayer):
         super().set_input(index, tensor)
 
     def _dtypes(self):
-        dtype, fill = self._inputs[0].dtype, self._in(4)
+        dtype, fill = self._inputs[0]._kept_dtype, self._in(4)
         if (
             fill is not None
             and fill.dtype != dtype
