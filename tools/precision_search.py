@@ -129,10 +129,10 @@ def confirm(
     Returns:
         the blocks that the engine has pinned; None where none reached it.
     """
-    pinned, confirmed = list(chosen), None
-    while engines and confirmed is None:
-        row = searcher.engine(searcher.patterns(pinned))
-        engines -= 1
+    pinned, confirmed, built = list(chosen), None, []
+    while len(built) < engines and confirmed is None:
+        built.append(searcher.patterns(pinned))
+        row = searcher.engine(built[-1])
         if row["status"] == "ok" and wanted.reached(agreement(row)):
             confirmed = pinned
             break
@@ -144,8 +144,8 @@ def confirm(
             pinned = [*pinned, rest.pop(0)]
             if wanted.damage(searcher.emulate_blocks(pinned)) <= target:
                 break
-    others = [searcher.built_in, [], None]
-    for patterns in others[:engines]:
+    others = [patterns for patterns in (list(searcher.built_in), [], None) if patterns not in built]
+    for patterns in others[: engines - len(built)]:
         searcher.engine(patterns)
     return confirmed
 
