@@ -23,13 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from .dataset_mappers import build_train_mapper
 from .datasets.catalog import require_paths, require_registered
+from .errors import AnnotationError, naming
 
 # Fields of metadata that name files or directories. json_file of a panoptic data set is not read in training.
 _PATHS = ("image_root", "image_dir", "gt_dir", "json_file", "panoptic_root", "panoptic_json", "sem_seg_root")
-
-
-class AnnotationError(ValueError):
-    """A record of a training set cannot be used; the message says which one, and why."""
 
 
 def check_train_sets(cfg: CfgNode) -> None:
@@ -56,6 +53,7 @@ class TrainLoader:
     The random numbers of an image's augmentation follow from the seed and the image's place in the stream alone, so that
     batches depend neither on the number of workers nor on where the stream was entered: a resumed job sees what it would
     have seen. Nothing is read before the first batch is asked for; until then `seed` and `start_batch` can be set.
+    A record that cannot be used ends the stream with an AnnotationError.
     """
 
     def __init__(
@@ -98,7 +96,11 @@ class TrainLoader:
             generator=torch.Generator().manual_seed(self.seed),
         )
         for batch in loader:
-            yield batch_from_bytes(batch) if self.num_workers else batch
+            if self.num_workers:
+                batch = batch_from_bytes(batch)
+            if isinstance(batch, AnnotationError):
+                raise batch
+            yield batch
 
     def _grouped(self, places: Iterator[int]) -> Iterator[int]:
         """The stream in the order of its batches."""
@@ -214,20 +216,17 @@ class _SeededBatches(Dataset):
         self._seed = seed
         self._rank = rank
 
-    def __getitem__(self, keys: list[tuple[int, int]]) -> list[dict]:
-        return [self._mapped(*key) for key in keys]
+    def __getitem__(self, keys: list[tuple[int, int]]) -> list[dict] | AnnotationError:
+        try:
+            return [self._mapped(*key) for key in keys]
+        except AnnotationError as error:
+            # Raised in a worker it would come out with the worker's traceback for a message.
+            return error
 
     def _mapped(self, position: int, place: int) -> dict:
         record = self._records[place]
-        with _random_state(derived_seed(self._seed, self._rank, position)):
-            try:
-                return self._mapper(record)
-            except (ValueError, KeyError, OSError) as error:
-                # Not the class of the error: not all of them survive the way out of a worker.
-                reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-                raise AnnotationError(
-                    f"{record.get('file_name', f'record {place}')} cannot be trained on: {reason}"
-                ) from error
+        with _random_state(derived_seed(self._seed, self._rank, position)), naming(record, "trained on"):
+            return self._mapper(record)
 
 
 @contextlib.contextmanager
@@ -265,8 +264,8 @@ class _BatchPickler(pickle.Pickler):
         return _unpack_bits, (np.packbits(array), array.shape)
 
 
-def batch_to_bytes(batch: list[dict]) -> bytes:
-    """A batch in one piece, masks as bits.
+def batch_to_bytes(batch: list[dict] | AnnotationError) -> bytes:
+    """A batch, or why there is none, in one piece, masks as bits.
 
     PyTorch's own way from a worker to the main process is a piece of shared memory for each tensor, which costs the main
     process 0.5 ms apiece and needs a large /dev/shm.
@@ -276,8 +275,8 @@ def batch_to_bytes(batch: list[dict]) -> bytes:
     return buffer.getvalue()
 
 
-def batch_from_bytes(data: bytes) -> list[dict]:
-    """The batch that `batch_to_bytes` was given."""
+def batch_from_bytes(data: bytes) -> list[dict] | AnnotationError:
+    """What `batch_to_bytes` was given."""
     return pickle.loads(data)
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import LVISEvaluator
 from detectron2.evaluation import SemSegEvaluator as _SemSegEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
+from PIL import Image
 from torch import Tensor
+
+from ..data.errors import naming
+from .whole_files import WholeFilesMixin
 
 # Values of evaluator_type whose evaluators of instances keep RLE; Cityscapes' write masks as images.
 _RLE_TYPES = frozenset(
@@ -89,11 +95,35 @@ class DecodingMixin:
         )
 
 
-class SemSegEvaluator(LabelsMixin, _SemSegEvaluator):
-    """detectron2's SemSegEvaluator, which also takes labels."""
+class SemSegEvaluator(WholeFilesMixin, LabelsMixin, _SemSegEvaluator):
+    """detectron2's SemSegEvaluator, which also takes labels, and looks at the annotations before it counts them."""
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """
+        Raises:
+            AnnotationError: a semantic map that is missing, damaged, of another size than the prediction, or with labels
+                that are no class. detectron2 would fail without a name, or count them for other classes.
+        """
+        for image, output in zip(inputs, outputs, strict=True):
+            path = self.input_file_to_gt_file[image["file_name"]]
+            with naming({"file_name": path, "image_id": image.get("image_id")}, "evaluated on"):
+                with PathManager.open(path, "rb") as f:
+                    labels = np.asarray(Image.open(f))
+                predicted = output["sem_seg_labels"] if "sem_seg_labels" in output else output["sem_seg"][0]
+                if labels.shape != tuple(predicted.shape):
+                    raise ValueError(
+                        f"its shape is {labels.shape}, that of the prediction {tuple(predicted.shape)}"
+                    )
+                wrong = np.unique(labels[(labels != self._ignore_label) & (labels >= self._num_classes)])
+                if wrong.size:
+                    raise ValueError(
+                        f"it holds the labels {wrong.tolist()[:5]}, but there are {self._num_classes} classes, and "
+                        f"{self._ignore_label} for no class"
+                    )
+        super().process(inputs, outputs)
 
 
-class LVISSegEvaluator(RLEMixin, LVISEvaluator):
+class LVISSegEvaluator(WholeFilesMixin, RLEMixin, LVISEvaluator):
     """detectron2's LVISEvaluator, which also takes RLE."""
 
 

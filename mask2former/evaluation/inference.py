@@ -18,6 +18,7 @@ from torch import nn
 
 from .build import build_evaluator, check_test_sets
 from .test_loader import build_test_loader
+from .whole_files import remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ def evaluate_model(cfg: CfgNode, model: nn.Module) -> OrderedDict:
 
     The model's `prepare()`, where it has one, runs first, so that detectron2's timing does not count it. The
     results of all data sets go to OUTPUT_DIR/inference/results.json, with what ran the network under "backend";
-    predictions to OUTPUT_DIR/inference, or with several data sets to a directory of each there.
+    predictions to OUTPUT_DIR/inference, or with several data sets to a directory of each there. results.json of an earlier
+    evaluation is removed first and written last: where it is, the evaluation has come to its end.
 
     Returns:
         {task: {metric: value}}, or with several data sets {data set: {task: {metric: value}}}. Empty on other
@@ -36,6 +38,7 @@ def evaluate_model(cfg: CfgNode, model: nn.Module) -> OrderedDict:
     Raises:
         ValueError, KeyError, FileNotFoundError: a data set cannot be evaluated on, see `check_test_sets` and
             `build_evaluator`.
+        AnnotationError: an image or annotation cannot be used; the message names it.
     """
     check_test_sets(cfg)
     names = list(cfg.DATASETS.TEST)
@@ -45,6 +48,9 @@ def evaluate_model(cfg: CfgNode, model: nn.Module) -> OrderedDict:
         name: build_evaluator(cfg, name, os.path.join(folder, name) if len(names) > 1 else folder)
         for name in names
     }
+    path = os.path.join(folder, "results.json")
+    if comm.is_main_process():
+        _clean(folder, path, names)
     tests = cfg.MODEL.MASK_FORMER.TEST
     if tests.INSTANCE_ON and not tests.BOXES_FROM_MASKS:
         logger.info(
@@ -70,10 +76,18 @@ def evaluate_model(cfg: CfgNode, model: nn.Module) -> OrderedDict:
     if not comm.is_main_process():
         return OrderedDict()
     logger.info("The network was run by %s", backend["backend"])
-    path = os.path.join(folder, "results.json")
     save_results(path, {**results, "backend": backend})
     logger.info("Saved the results to %s", path)
     return results[names[0]] if len(names) == 1 else results
+
+
+def _clean(folder: str, results: str, names: list[str]) -> None:
+    if "://" in folder:
+        return
+    for part in (folder, *(os.path.join(folder, name) for name in names)):
+        remove_leftovers(part)
+    if os.path.isfile(results):
+        os.unlink(results)
 
 
 def describe_backend(model: nn.Module) -> dict:

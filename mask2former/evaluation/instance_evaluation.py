@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
 from pycocotools.cocoeval import COCOeval
 
+from ..data.errors import AnnotationError
 from .formats import RLEMixin
+from .whole_files import WholeFilesMixin
 
 
-class InstanceSegEvaluator(RLEMixin, COCOEvaluator):
+class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
     """detectron2's COCOEvaluator where the contiguous ids of things need not be 0 .. N - 1.
 
     In a data set with things and stuff, as ADE20K's panoptic form, the things' ids have gaps. They are closed
@@ -25,10 +29,26 @@ class InstanceSegEvaluator(RLEMixin, COCOEvaluator):
             output_dir: where predictions are written, None for nowhere.
             distributed: gather from all ranks.
         """
-        super().__init__(
-            dataset_name, distributed=distributed, output_dir=output_dir, use_fast_impl=_has_fast_coco_eval()
-        )
+        try:
+            super().__init__(
+                dataset_name,
+                distributed=distributed,
+                output_dir=output_dir,
+                use_fast_impl=_has_fast_coco_eval(),
+            )
+        except json.JSONDecodeError as error:
+            path = MetadataCatalog.get(dataset_name).get("json_file")
+            raise AnnotationError(f"{path} is no valid JSON ({error}): is it complete?") from error
         self._name = dataset_name
+        unknown = {a["category_id"] for a in self._coco_api.dataset.get("annotations", ())}
+        unknown -= set(self._coco_api.getCatIds())
+        if unknown:
+            # COCOeval would leave them out without a word.
+            first = next(a for a in self._coco_api.dataset["annotations"] if a["category_id"] in unknown)
+            raise AnnotationError(
+                f"{MetadataCatalog.get(dataset_name).json_file}: annotation {first.get('id')} of image "
+                f"{first['image_id']!r} is of category id {first['category_id']}, which the file does not define"
+            )
         metadata = MetadataCatalog.get(dataset_name)
         mapping = metadata.get("thing_dataset_id_to_contiguous_id")
         self._closed_up: dict[int, int] | None = None

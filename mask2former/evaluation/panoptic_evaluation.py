@@ -18,7 +18,9 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 from tabulate import tabulate
 
+from ..data.errors import AnnotationError, naming, read_json
 from .panoptic_quality import PQStat, check_all_predicted, ids_to_rgb, match_segments, read_panoptic_png
+from .whole_files import whole_files
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +55,17 @@ class PanopticEvaluator(DatasetEvaluator):
                 f"panoptic ground truth of {dataset_name} is missing: {path}. Set DETECTRON2_DATASETS to the "
                 "directory of the data sets, or make it (for shapes: python tools/make_shapes_dataset.py)"
             )
-        with PathManager.open(path) as f:
-            self._gt = json.load(f)
+        self._gt = read_json(path)
         self._categories = {c["id"]: c for c in self._gt["categories"]}
         # The files of a test split name images only.
         self._annotations = {a["image_id"]: a for a in self._gt.get("annotations", [])}
+        for image_id, annotation in self._annotations.items():
+            unknown = {s["category_id"] for s in annotation["segments_info"]} - set(self._categories)
+            if unknown:
+                raise AnnotationError(
+                    f"{path}: image {image_id!r} ({annotation['file_name']}) has segments of category ids "
+                    f"{sorted(unknown)}, which its categories {sorted(self._categories)} do not define"
+                )
         self.reset()
 
     def reset(self) -> None:
@@ -147,8 +155,14 @@ class PanopticEvaluator(DatasetEvaluator):
         annotation = self._annotations.get(image_id)
         if annotation is None:
             raise ValueError(f"image {image_id!r} is not in {self._metadata.panoptic_json}")
-        with PathManager.open(os.path.join(self._metadata.panoptic_root, annotation["file_name"]), "rb") as f:
+        path = os.path.join(self._metadata.panoptic_root, annotation["file_name"])
+        with naming({"file_name": path, "image_id": image_id}, "read"), PathManager.open(path, "rb") as f:
             gt_ids = read_panoptic_png(f)
+        if gt_ids.shape != ids.shape:
+            raise AnnotationError(
+                f"{path} (image_id {image_id!r}) is {gt_ids.shape[0]}x{gt_ids.shape[1]} (height x width), the prediction "
+                f"for its image {ids.shape[0]}x{ids.shape[1]}"
+            )
         return match_segments(gt_ids, annotation["segments_info"], ids, segments, self._categories, image_id)
 
     def _gathered(self) -> tuple[dict[Any, PQStat] | None, list[dict]]:
@@ -164,17 +178,24 @@ class PanopticEvaluator(DatasetEvaluator):
         return stats, list(itertools.chain.from_iterable(predictions for _, predictions in everyone))
 
     def _write(self, predictions: list[dict]) -> None:
-        folder = os.path.join(self._output_dir, "panoptic_predictions")
+        with whole_files(self._output_dir) as output_dir:
+            self._write_to(output_dir, predictions)
+        logger.info(
+            "Wrote %d panoptic predictions to predictions.json and panoptic_predictions/ in %s",
+            len(predictions),
+            self._output_dir,
+        )
+
+    def _write_to(self, output_dir: str, predictions: list[dict]) -> None:
+        folder = os.path.join(output_dir, "panoptic_predictions")
         PathManager.mkdirs(folder)
         for prediction in predictions:
             with PathManager.open(os.path.join(folder, prediction["file_name"]), "wb") as f:
                 f.write(prediction["png"])
         content = {k: self._gt[k] for k in ("info", "images", "categories") if k in self._gt}
         content["annotations"] = [{k: v for k, v in p.items() if k != "png"} for p in predictions]
-        path = os.path.join(self._output_dir, "predictions.json")
-        with PathManager.open(path, "w") as f:
+        with PathManager.open(os.path.join(output_dir, "predictions.json"), "w") as f:
             json.dump(content, f, default=_plain_number)
-        logger.info("Wrote %d panoptic predictions to %s and %s", len(predictions), path, folder)
 
 
 def _plain_number(value: Any) -> Any:

@@ -9,6 +9,8 @@ from detectron2.data import DatasetFromList, DatasetMapper, MapDataset, get_dete
 from detectron2.data.samplers import InferenceSampler
 from torch.utils.data import BatchSampler, DataLoader
 
+from ..data.errors import AnnotationError, naming
+
 
 def build_test_loader(
     cfg: CfgNode, dataset_name: str, mapper: Callable[[dict], dict] | None = None
@@ -21,7 +23,7 @@ def build_test_loader(
         mapper: turns a dict of the data set into a model input; by default detectron2's DatasetMapper.
 
     Returns:
-        A loader that yields lists of dicts.
+        A loader that yields lists of dicts. It raises AnnotationError where a record cannot be read.
 
     Raises:
         ValueError: TEST.BATCH_SIZE is not a positive integer.
@@ -30,14 +32,43 @@ def build_test_loader(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"TEST.BATCH_SIZE must be a positive integer, got {batch_size!r}")
     records = get_detection_dataset_dicts([dataset_name], filter_empty=False)
-    dataset = MapDataset(DatasetFromList(records, copy=False), mapper or DatasetMapper(cfg, False))
+    if mapper is None:
+        mapper = DatasetMapper(cfg, False)
+        # It would read and resize the semantic maps, which the evaluators read themselves.
+        records = [{k: v for k, v in record.items() if k != "sem_seg_file_name"} for record in records]
+    dataset = MapDataset(DatasetFromList(records, copy=False), _NamingMapper(mapper))
     sampler = InferenceSampler(len(dataset))
-    return DataLoader(
+    return _TestLoader(
         dataset,
         batch_sampler=BatchSampler(sampler, batch_size, drop_last=False),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=_as_list,
     )
+
+
+class _NamingMapper:
+    """A mapper whose results are AnnotationErrors where it fails: raised in a worker, they would come out with the worker's
+    traceback for a message.
+    """
+
+    def __init__(self, mapper: Callable[[dict], dict]):
+        self._mapper = mapper
+
+    def __call__(self, record: dict) -> dict | AnnotationError:
+        try:
+            with naming(record, "read"):
+                return self._mapper(record)
+        except AnnotationError as error:
+            return error
+
+
+class _TestLoader(DataLoader):
+    def __iter__(self):
+        for batch in super().__iter__():
+            for one in batch:
+                if isinstance(one, AnnotationError):
+                    raise one
+            yield batch
 
 
 def _as_list(batch: list[dict]) -> list[dict]:

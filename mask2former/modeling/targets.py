@@ -36,7 +36,8 @@ def prepare_targets(
 
 
 def _checked_segments(index: int, inputs: dict, num_classes: int) -> tuple[Tensor, Tensor]:
-    what = f"input {index} of the batch ({inputs.get('file_name', 'no file name')})"
+    what = f"input {index} of the batch ({inputs.get('file_name', 'no file name')}"
+    what += f", image_id {inputs['image_id']!r})" if "image_id" in inputs else ")"
     if "instances" not in inputs:
         raise ValueError(
             f"{what} has no 'instances', which training needs. Use a mapper that makes them, see INPUT.DATASET_MAPPER_NAME, "

@@ -8,6 +8,8 @@ from importlib import resources
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from ..errors import AnnotationError, read_json
+
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
 
 _PATH_ATTRIBUTES = (
@@ -133,11 +135,11 @@ def load_panoptic(
 
     Raises:
         FileNotFoundError: a folder, the JSON, or a file of the first annotation is missing.
-        ValueError: the JSON has no annotations, or a category that the data set does not define.
+        ValueError: the JSON has no annotations.
+        AnnotationError: it is damaged, or has a category that the data set does not define.
     """
     require_paths(name, [image_root, panoptic_root, panoptic_json, sem_seg_root])
-    with PathManager.open(panoptic_json) as f:
-        annotations = json.load(f)["annotations"]
+    annotations = read_json(panoptic_json).get("annotations")
     if not annotations:
         raise ValueError(f"Data set '{name}': {panoptic_json} lists no annotations.")
 
@@ -147,7 +149,7 @@ def load_panoptic(
     def convert(segment: dict, file_name: str) -> dict:
         category = segment["category_id"]
         if category not in contiguous:
-            raise ValueError(
+            raise AnnotationError(
                 f"Data set '{name}': category_id {category} of {file_name} in {panoptic_json} is unknown; "
                 f"known are {len(contiguous)} ids from {min(contiguous)} to {max(contiguous)}."
             )
@@ -155,6 +157,12 @@ def load_panoptic(
 
     records = []
     for annotation in annotations:
+        lacking = [key for key in ("file_name", "image_id", "segments_info") if key not in annotation]
+        if lacking:
+            raise AnnotationError(
+                f"Data set '{name}': the annotation of image {annotation.get('image_id')!r} in {panoptic_json} has no "
+                f"{' and no '.join(lacking)}."
+            )
         png = annotation["file_name"]
         records.append(
             {

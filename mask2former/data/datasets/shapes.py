@@ -11,13 +11,13 @@ Classes 0..7 (contiguous ids) are things, 8..12 are stuff.
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
+from ..errors import AnnotationError, read_json
 from .catalog import datasets_root, register
 from .shapes_files import SPLITS
 from .shapes_scene import CATEGORIES, THINGS, VOID_LABEL, Scene, draw_scene
@@ -92,8 +92,7 @@ def _register_split(root: str, prefix: str, split: str) -> None:
 
 def _read_json(root: str, path: str) -> dict:
     try:
-        with PathManager.open(path) as f:
-            return json.load(f)
+        return read_json(path)
     except FileNotFoundError as error:
         raise _missing(root, path) from error
 
@@ -117,7 +116,7 @@ def _load_panoptic(root: str, paths: dict[str, str]) -> list[dict[str, Any]]:
         image, name = images[annotation["image_id"]], annotation["file_name"]
         segments = []
         for segment in annotation["segments_info"]:
-            category = contiguous[segment["category_id"]]
+            category = _known(contiguous, segment["category_id"], name, paths["panoptic_json"])
             segments.append({**segment, "category_id": category.contiguous_id, "isthing": category.isthing})
         records.append(
             {
@@ -140,8 +139,18 @@ def _load_instances(root: str, paths: dict[str, str]) -> list[dict[str, Any]]:
     contiguous = {c.dataset_id: c.contiguous_id for c in THINGS}
     for record in records:
         for annotation in record["annotations"]:
-            annotation["category_id"] = contiguous[annotation["category_id"]]
+            annotation["category_id"] = _known(
+                contiguous, annotation["category_id"], record["file_name"], paths["json_file"]
+            )
     return records
+
+
+def _known(categories: dict[int, Any], category: int, file_name: str, path: str) -> Any:
+    if category not in categories:
+        raise AnnotationError(
+            f"category_id {category} of {file_name} in {path} is unknown; known are {sorted(categories)}"
+        )
+    return categories[category]
 
 
 def _load_sem_seg(root: str, paths: dict[str, str]) -> list[dict[str, Any]]:

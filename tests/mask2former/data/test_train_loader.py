@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Instances
 from detectron2.utils import comm
 from PIL import Image
 
@@ -17,7 +19,8 @@ from mask2former import get_mask2former_cfg
 from mask2former.data import build_train_loader, check_train_sets
 from mask2former.data.datasets.shapes import register_shapes
 from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
-from mask2former.data.train_loader import AnnotationError, derived_seed
+from mask2former.data.errors import AnnotationError
+from mask2former.data.train_loader import batch_from_bytes, batch_to_bytes, derived_seed
 
 PREFIX = "loadertest"
 CONFIG = Path(__file__).resolve().parents[3] / "configs/shapes/maskformer2_mini_shapes.yaml"
@@ -148,29 +151,126 @@ def test_sizes_that_no_record_has_are_read_from_the_images():
     assert same(sized, batches(build_train_loader(make_cfg(*opts, "DATASETS.TRAIN", (name,))), 4))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_bad_record_is_named(workers, tmp_path):
-    name = f"{PREFIX}_damaged_{workers}"
-    (record,) = DatasetCatalog.get(f"{PREFIX}_train_panoptic")[:1]
-    Image.new("RGB", (3, 3)).save(tmp_path / "tiny.png")
-    DatasetCatalog.register(name, lambda: [{**record, "pan_seg_file_name": str(tmp_path / "tiny.png")}])
-    cfg = make_cfg("DATASETS.TRAIN", (name,), "DATALOADER.NUM_WORKERS", workers)
-    with pytest.raises(AnnotationError) as error:
-        batches(build_train_loader(cfg), 1)
-    message = str(error.value)
-    assert (
-        record["file_name"] in message and "cannot be trained on" in message and "tiny.png is 3x3" in message
-    )
+def _without_file(record, folder):
+    return {
+        "file_name": str(folder / "gone.png")
+    }, r"gone.png \(image_id {id}\) cannot be trained on: .*No such file"
 
 
-def test_truncated_image_is_named(tmp_path):
-    name = f"{PREFIX}_truncated"
-    (record,) = DatasetCatalog.get(f"{PREFIX}_train_panoptic")[:1]
+def _half_a_file(record, folder):
     content = Path(record["file_name"]).read_bytes()
-    (tmp_path / "half.png").write_bytes(content[: len(content) // 2])
-    DatasetCatalog.register(name, lambda: [{**record, "file_name": str(tmp_path / "half.png")}])
-    with pytest.raises(AnnotationError, match=r"half.png cannot be trained on"):
-        batches(build_train_loader(make_cfg("DATASETS.TRAIN", (name,))), 1)
+    (folder / "half.png").write_bytes(content[: len(content) // 2])
+    return {"file_name": str(folder / "half.png")}, r"half.png \(image_id {id}\) cannot .*truncated"
+
+
+def _no_image(record, folder):
+    (folder / "text.png").write_text("<html>404</html>")
+    return {
+        "file_name": str(folder / "text.png")
+    }, r"text.png \(image_id {id}\) cannot .*cannot identify image file"
+
+
+def _other_size(record, folder):
+    return {"height": record["height"] + 1}, r"png \(image_id {id}\) cannot .*Mismatched image shape"
+
+
+def _small_panoptic_map(record, folder):
+    Image.new("RGB", (3, 3)).save(folder / "tiny.png")
+    return {"pan_seg_file_name": str(folder / "tiny.png")}, r"\(image_id {id}\) cannot .*tiny.png is 3x3"
+
+
+def _no_panoptic_map(record, folder):
+    return {
+        "pan_seg_file_name": str(folder / "gone.png")
+    }, r"\(image_id {id}\) cannot .*No such file.*gone.png"
+
+
+@pytest.mark.parametrize(
+    "damage", [_without_file, _half_a_file, _no_image, _other_size, _small_panoptic_map, _no_panoptic_map]
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_record_is_named(workers, damage, tmp_path):
+    name = f"{PREFIX}{damage.__name__}_{workers}"
+    good, record = DatasetCatalog.get(f"{PREFIX}_train_panoptic")[:2]
+    change, message = damage(record, tmp_path)
+    DatasetCatalog.register(name, lambda: [good, {**record, **change}])
+    cfg = make_cfg("DATASETS.TRAIN", (name,), "DATALOADER.NUM_WORKERS", workers)
+    with pytest.raises(AnnotationError, match=message.format(id=record["image_id"])) as error:
+        batches(build_train_loader(cfg), 3)
+    # From a worker process too, without its traceback.
+    assert "Traceback" not in str(error.value)
+
+
+def test_unknown_category_and_half_a_file_of_annotations_are_named(tmp_path):
+    make_shapes_dataset(tmp_path / "shapes", ShapesOptions(train=1, val=1, min_size=48, max_size=64))
+    register_shapes(str(tmp_path / "shapes"), "badjson")
+    for kind, segments in (("panoptic", "segments_info"), ("instances", None)):
+        path = tmp_path / "shapes" / "annotations" / f"{kind}_train.json"
+        name = f"badjson_train_{kind.removesuffix('s')}"
+        text = path.read_text()
+        content = json.loads(text)
+        first = content["annotations"][0]
+        (first[segments][0] if segments else first)["category_id"] = 77
+        path.write_text(json.dumps(content))
+        with pytest.raises(
+            AnnotationError, match=rf"category_id 77 of .*0000001.png in .*{kind}_train.json is unknown"
+        ):
+            DatasetCatalog.get(name)
+        if kind == "panoptic":
+            path.write_text(text[: len(text) // 2])
+            with pytest.raises(AnnotationError, match=r"panoptic_train.json is no valid JSON"):
+                DatasetCatalog.get(name)
+
+
+def test_image_without_segments_and_image_that_is_all_void_come_through(tmp_path):
+    record = DatasetCatalog.get(f"{PREFIX}_train_panoptic")[0]
+    Image.new("RGB", (record["width"], record["height"])).save(tmp_path / "void.png")
+    empty = {**record, "segments_info": []}
+    void = {**record, "pan_seg_file_name": str(tmp_path / "void.png")}
+    DatasetCatalog.register(f"{PREFIX}_empty", lambda: [empty, void])
+    (batch,) = batches(
+        build_train_loader(make_cfg("DATASETS.TRAIN", (f"{PREFIX}_empty",), "SOLVER.IMS_PER_BATCH", 2)), 1
+    )
+    none, all_void = sorted((x["instances"] for x in batch), key=len)
+    assert (
+        len(none) == 0 and none.gt_masks.shape == (0, *none.image_size) and none.gt_masks.dtype == torch.bool
+    )
+    # As in the release the segments stay, with empty masks.
+    assert len(all_void) > 0 and not all_void.gt_masks.any()
+
+
+def test_images_without_instances_are_left_out_as_in_detectron2():
+    records = DatasetCatalog.get(f"{PREFIX}_train_instance")
+    DatasetCatalog.register(f"{PREFIX}_some", lambda: [records[0], {**records[1], "annotations": []}])
+    for keep, expected in ((True, 1), (False, 2)):
+        cfg = make_cfg(
+            *("DATASETS.TRAIN", (f"{PREFIX}_some",), "INPUT.DATASET_MAPPER_NAME", "coco_instance_lsj"),
+            *("DATALOADER.FILTER_EMPTY_ANNOTATIONS", keep),
+        )
+        assert len(build_train_loader(cfg).records) == expected
+
+
+def test_batches_survive_the_way_out_of_a_worker():
+    masks = torch.rand(5, 7, 9) > 0.5
+    batch = [
+        {
+            "image": torch.randint(0, 256, (3, 7, 9), dtype=torch.uint8),
+            "instances": Instances((7, 9), gt_classes=torch.arange(5), gt_masks=masks),
+            "half": torch.rand(3).bfloat16(),
+            "none": torch.zeros(0, 7, 9, dtype=torch.bool),
+            "image_id": "a",
+        }
+    ]
+    data = batch_to_bytes(batch)
+    (got,) = batch_from_bytes(data)
+    assert list(got) == list(batch[0]) and got["image_id"] == "a"
+    for key in ("image", "half", "none"):
+        assert got[key].dtype == batch[0][key].dtype and torch.equal(got[key], batch[0][key])
+    assert torch.equal(got["instances"].gt_masks, masks) and got["instances"].image_size == (7, 9)
+    got["instances"].gt_masks[:] = False  # memory of its own
+    # Masks as bits: eight times smaller than they are.
+    big = batch_to_bytes([{"masks": torch.zeros(64, 64, 64, dtype=torch.bool)}])
+    assert len(big) < 64**3 / 7
 
 
 def test_wrong_keys_are_named(monkeypatch):

@@ -1,0 +1,284 @@
+"""Evaluation of damaged data sets, and evaluation that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+from torch import nn
+
+from mask2former import get_mask2former_cfg
+from mask2former.data.datasets.shapes import register_shapes
+from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
+from mask2former.data.errors import AnnotationError
+from mask2former.evaluation import evaluate_model
+from mask2former.evaluation.whole_files import remove_leftovers, whole_files
+
+CONFIG = Path(__file__).resolve().parents[3] / "configs/shapes/maskformer2_mini_shapes.yaml"
+SECOND = "1000002.png"
+FILES = {
+    "coco_instances_results.json",
+    "instances_predictions.pth",
+    "panoptic_predictions",
+    "predictions.json",
+    "results.json",
+    "sem_seg_evaluation.pth",
+    "sem_seg_predictions.json",
+}
+
+
+class OneSquare(nn.Module):
+    """Sees a square in the corner of every image."""
+
+    def forward(self, batched_inputs: list[dict]) -> list[dict]:
+        return [self.predict(x["height"], x["width"]) for x in batched_inputs]
+
+    @staticmethod
+    def predict(height: int, width: int) -> dict:
+        mask = torch.zeros(height, width, dtype=torch.bool)
+        mask[:20, :20] = True
+        return {
+            "panoptic_seg": (mask.int(), [{"id": 1, "isthing": True, "category_id": 1}]),
+            "sem_seg_labels": mask.long(),
+            "instances": Instances(
+                (height, width),
+                pred_masks=mask[None],
+                pred_boxes=Boxes(torch.tensor([[0.0, 0, 20, 20]])),
+                scores=torch.ones(1),
+                pred_classes=torch.ones(1, dtype=torch.int64),
+            ),
+        }
+
+
+class Killed(OneSquare):
+    """Kills its process in the third image, or where results are being written."""
+
+    def __init__(self, when: str):
+        super().__init__()
+        self.when, self.images = when, 0
+
+    def forward(self, batched_inputs: list[dict]) -> list[dict]:
+        self.images += 1
+        if self.when == "images" and self.images == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.when == "files":
+            save = torch.save
+
+            def save_and_die(*args, **kwargs):
+                save(*args, **kwargs)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            torch.save = save_and_die  # instances_predictions.pth, the first file of the second evaluator
+        return super().forward(batched_inputs)
+
+
+def make_cfg(prefix: str, output: Path, *opts):
+    return get_mask2former_cfg(
+        CONFIG,
+        [
+            *("MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(output), "DATALOADER.NUM_WORKERS", 0),
+            *("DATASETS.TRAIN", (), "DATASETS.TEST", (f"{prefix}_val_panoptic",), *opts),
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def good_root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("good") / "shapes"
+    make_shapes_dataset(root, ShapesOptions(train=1, val=4, seed=5, min_size=48, max_size=64))
+    register_shapes(str(root), "goodfiles")
+    return root
+
+
+def _remove(root, kind):
+    (root / "val" / kind / SECOND).unlink()
+
+
+def _halve(root, kind):
+    path = root / "val" / kind / SECOND
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _shrink(root, kind):
+    path = root / "val" / kind / SECOND
+    with Image.open(path) as image:
+        small = image.crop((0, 0, image.width - 1, image.height))
+    small.save(path)
+
+
+def _foreign_label(root, kind):
+    path = root / "val" / kind / SECOND
+    with Image.open(path) as image:
+        image.point(lambda label: 99).save(path)
+
+
+def _unknown_category(root, kind):
+    path = root / "annotations" / f"{kind}_val.json"
+    content = json.loads(path.read_text())
+    # Not through the data set's own loader, which has a check of its own: as if it were another file.
+    content["categories"] = content["categories"][1:]
+    path.write_text(json.dumps(content))
+
+
+def _half_json(root, kind):
+    path = root / "annotations" / f"{kind}_val.json"
+    path.write_text(path.read_text()[:200])
+
+
+@pytest.mark.parametrize(
+    "damage, kind, message",
+    [
+        (_remove, "images", r"images/1000002.png \(image_id 1000002\) cannot be read: .*No such file"),
+        (_halve, "images", r"images/1000002.png \(image_id 1000002\) cannot be read: .*truncated"),
+        (
+            _shrink,
+            "images",
+            r"images/1000002.png \(image_id 1000002\) cannot be read: Mismatched image shape",
+        ),
+        (_remove, "panoptic", r"panoptic/1000002.png \(image_id 1000002\) cannot be read: .*No such file"),
+        (_halve, "panoptic", r"panoptic/1000002.png \(image_id 1000002\) cannot be read: "),
+        (
+            _shrink,
+            "panoptic",
+            r"panoptic/1000002.png \(image_id 1000002\) is \d+x\d+ \(height x width\), the prediction",
+        ),
+        (
+            _unknown_category,
+            "panoptic",
+            r"panoptic_val.json: image \d+ \(\d+.png\) has segments of category ids \[",
+        ),
+        (_half_json, "panoptic", r"panoptic_val.json is no valid JSON"),
+        (
+            _unknown_category,
+            "instances",
+            r"instances_val.json: annotation \d+ of image \d+ is of category id \d+, which",
+        ),
+        (_half_json, "instances", r"instances_val.json is no valid JSON"),
+    ],
+)
+def test_damage_is_named_with_file_and_image(good_root, tmp_path, damage, kind, message):
+    root = tmp_path / "shapes"
+    shutil.copytree(good_root, root)
+    damage(root, kind)
+    prefix = f"bad{damage.__name__}_{kind}"
+    register_shapes(str(root), prefix)
+    # In a worker, whose errors would come out with its traceback for a message.
+    cfg = make_cfg(prefix, tmp_path / "out", "DATALOADER.NUM_WORKERS", int(kind == "images"))
+    with pytest.raises(AnnotationError, match=message) as error:
+        evaluate_model(cfg, OneSquare().eval())
+    assert "Traceback" not in str(error.value)
+    assert not (tmp_path / "out" / "inference" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (_remove, r"semantic/1000002.png \(image_id 1000002\) cannot be evaluated on: .*No such file"),
+        (_halve, r"semantic/1000002.png \(image_id 1000002\) cannot be evaluated on: "),
+        (_shrink, r"semantic/1000002.png \(image_id 1000002\) cannot be evaluated on: its shape is"),
+        (
+            _foreign_label,
+            r"semantic/1000002.png \(image_id 1000002\) .*holds the labels \[99\], but there are 13 classes",
+        ),
+    ],
+)
+def test_damaged_semantic_map_is_named(good_root, tmp_path, damage, message):
+    root = tmp_path / "shapes"
+    shutil.copytree(good_root, root)
+    damage(root, "semantic")
+    prefix = f"badsemantic{damage.__name__}"
+    register_shapes(str(root), prefix)
+    cfg = make_cfg(prefix, tmp_path / "out", "DATASETS.TEST", (f"{prefix}_val_sem_seg",))
+    with pytest.raises(AnnotationError, match=message):
+        evaluate_model(cfg, OneSquare().eval())
+
+
+def test_image_without_segments_is_evaluated(good_root, tmp_path):
+    root = tmp_path / "shapes"
+    shutil.copytree(good_root, root)
+    for kind in ("panoptic", "instances"):
+        path = root / "annotations" / f"{kind}_val.json"
+        content = json.loads(path.read_text())
+        if kind == "panoptic":
+            content["annotations"][1]["segments_info"] = []
+        else:
+            content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 1000002]
+        path.write_text(json.dumps(content))
+    register_shapes(str(root), "nosegments")
+    results = evaluate_model(make_cfg("nosegments", tmp_path / "out"), OneSquare().eval())
+    assert set(results) == {"panoptic_seg", "bbox", "segm", "sem_seg"}
+
+
+def _killed_evaluation(rank: int, root: str, output: str, when: str) -> None:
+    torch.set_num_threads(1)
+    register_shapes(root, "goodfiles")
+    evaluate_model(make_cfg("goodfiles", Path(output)), Killed(when).eval())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["images", "files"])
+def test_killed_evaluation_leaves_nothing_half_written_and_runs_again(good_root, tmp_path, when):
+    cfg, folder = make_cfg("goodfiles", tmp_path), tmp_path / "inference"
+    expected = evaluate_model(cfg, OneSquare().eval())
+    assert {p.name for p in folder.iterdir()} == FILES
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+    arguments = (str(good_root), str(tmp_path), when)
+    with pytest.raises(torch.multiprocessing.ProcessExitedException) as killed:
+        torch.multiprocessing.spawn(_killed_evaluation, arguments)
+    assert killed.value.exit_code == -signal.SIGKILL
+    left = {p.name for p in folder.iterdir()}
+    # No result that would pass for this evaluation's; files are whole ones.
+    assert {name for name in left if not name.startswith(".part-")} == FILES - {"results.json"}
+    for name in left & set(before):
+        assert (folder / name).stat().st_size == len(before[name])
+        if name.endswith(".json"):
+            json.loads((folder / name).read_text())
+        elif name.endswith(".pth"):
+            torch.load(folder / name, weights_only=False)
+    assert any(name.startswith(".part-") for name in left) == (when == "files")
+
+    again = evaluate_model(cfg, OneSquare().eval())
+    assert set(again) == set(expected)
+    for task, metrics in expected.items():
+        assert again[task] == pytest.approx(metrics, nan_ok=True)
+    assert {p.name for p in folder.iterdir()} == FILES
+
+
+def test_folder_is_replaced_at_the_end_alone(tmp_path):
+    target = tmp_path / "results"
+    (target / "pictures").mkdir(parents=True)
+    (target / "pictures" / "old.png").write_text("old")
+    (target / "kept.txt").write_text("kept")
+
+    def write(folder: str) -> None:
+        os.mkdir(os.path.join(folder, "pictures"))
+        Path(folder, "pictures", "new.png").write_text("new")
+        Path(folder, "numbers.json").write_text("{}")
+
+    with pytest.raises(OSError, match="disk full"), whole_files(str(target)) as folder:
+        write(folder)
+        raise OSError("disk full")
+    assert sorted(p.name for p in target.rglob("*")) == ["kept.txt", "old.png", "pictures"]
+    with whole_files(str(target)) as folder:
+        write(folder)
+    assert sorted(p.name for p in target.rglob("*")) == ["kept.txt", "new.png", "numbers.json", "pictures"]
+    (target / ".part-abc").mkdir()
+    remove_leftovers(str(target))
+    remove_leftovers(str(tmp_path / "gone"))
+    assert not (target / ".part-abc").exists() and (target / "kept.txt").exists()
+
+
+def test_metadata_knows_its_files(good_root):
+    """The tests above damage what is read: the paths are those of the registration."""
+    metadata = MetadataCatalog.get("goodfiles_val_panoptic")
+    assert Path(metadata.panoptic_json) == good_root / "annotations" / "panoptic_val.json"
+    assert (Path(metadata.panoptic_root) / SECOND).is_file()
