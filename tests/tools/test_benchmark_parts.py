@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import shutil
 import sys
+import types
 
+import benchmark_bench
 import benchmark_compile
 import benchmark_limits
 import benchmark_release
 import pytest
 import torch
-from benchmark_bench import MeasureError
+from benchmark_bench import LocalBench, MeasureError, _Member
 from benchmark_evaluation import stand_in_for_panopticapi
 from benchmark_limits import Ceilings
 from benchmark_model import draw_image
@@ -141,6 +144,71 @@ def test_back_to_back_calls_make_one_sample():
     times = Timer("cpu").samples(stage, 2, warmup=3)
     # A call of no time is repeated as often as allowed, after the warm-up and one call that finds this out.
     assert len(times) == 2 and len(calls) == 3 + 1 + 2 * 200
+
+
+class _Gpu:
+    """As much of torch.cuda as times and memory are read from; each call of work takes 4 ms and 3 MiB for a while."""
+
+    def __init__(self, monkeypatch):
+        self.clock = 0.0
+        self.used, self.peak = 100 << 20, 0
+        for name, value in {
+            "Event": lambda enable_timing: _Event(self),
+            "synchronize": lambda: None,
+            "memory_allocated": lambda: self.used,
+            "memory_reserved": lambda: self.used + (50 << 20),
+            "max_memory_allocated": lambda: self.peak,
+            "reset_peak_memory_stats": lambda: setattr(self, "peak", self.used),
+            "empty_cache": lambda: None,
+            # 70 MiB are not PyTorch's.
+            "mem_get_info": lambda: ((1 << 30) - self.used - (120 << 20), 1 << 30),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def work(self):
+        self.clock += 4.0
+        self.peak = max(self.peak, self.used + (3 << 20))
+
+
+class _Event:
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self):
+        self.time = self.gpu.clock
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return end.time - self.time
+
+
+def test_calls_on_a_gpu_are_timed_by_its_own_clock(monkeypatch):
+    gpu = _Gpu(monkeypatch)
+    assert Timer("cuda").samples(Stage(gpu.work, 1), 3, warmup=1) == [4.0, 4.0, 4.0]
+    assert gpu.clock == 16.0
+    # 100 ms of calls of 4 ms, after one that tells how long they are.
+    assert Timer("cuda").samples(Stage(gpu.work, 1, back_to_back=True), 2, warmup=0) == [4.0, 4.0]
+    assert gpu.clock == 16.0 + 4 * (1 + 2 * 25)
+
+
+def test_memory_that_a_configuration_keeps_and_that_a_call_takes(monkeypatch):
+    gpu = _Gpu(monkeypatch)
+    bench = LocalBench.__new__(LocalBench)
+    member = _Member({"backend": "tensorrt", "precision": "fp16"}, cuda=True)
+    member.stages = {"core": Stage(gpu.work, 1)}
+    bench._members, bench._timer = [member], Timer("cuda")
+    bench.subject = types.SimpleNamespace(release=True, model=nn.Linear(1 << 18, 1))
+    with member.footprint:
+        gpu.used += 20 << 20
+    gpu.used += 40 << 20  # another configuration's
+    monkeypatch.setattr(benchmark_bench, "set_precision", lambda *_: contextlib.nullcontext())
+    told = bench.measure(0, "core", samples=2, warmup=1)
+    assert (told["times"], told["images"], told["call_mib"]) == ([4.0, 4.0], 1, 3.0)
+    assert told["resident_mib"] == 20.0
+    member.columns["backend"] = "torch"  # whose weights are the model's: a MiB here
+    assert bench.measure(0, "core", samples=2, warmup=1)["resident_mib"] == pytest.approx(21.0, abs=1e-3)
 
 
 # What is counted
