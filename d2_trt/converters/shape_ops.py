@@ -18,13 +18,14 @@ def level_shapes(g, result, maps):
 
 @converts(_OPS + "split_levels")
 def split_levels(g, result, pixels, shapes):
-    x = g.transpose(g.tensor(pixels), (0, 2, 1))  # (B, C, S)
-    batch, channels = g.size(x, 0), g.size(x, 1)
+    x = g.tensor(pixels)  # (B, S, C)
+    batch, channels = g.size(x, 0), g.size(x, 2)
     start, levels = 0, []
     for source in shapes.maps:
         height, width = g.size(g.tensor(source), 2), g.size(g.tensor(source), 3)
         count = g.mul(height, width)
-        part = g.slice(x, [0, 0, start], [batch, channels, count])
+        # Transposed after the slice: where rows are wanted of the map again, the two transpositions meet and cancel.
+        part = g.transpose(g.slice(x, [0, start, 0], [batch, count, channels]), (0, 2, 1))
         levels.append(g.reshape(part, [g.size(part, 0), channels, height, width]))
         start = g.add(start, count)
     return levels

@@ -93,12 +93,12 @@ class PixelMemory(nn.Module):
         channels = level_embed.shape[0]
         weights = zip(*(layer.in_proj_weight.split(channels)[1:] for layer in layers))
         biases = zip(*(layer.in_proj_bias.split(channels)[1:] for layer in layers))
-        inputs = (pixels + position, pixels)
+        rows, position = (x.flatten(2).transpose(1, 2) for x in (pixels, position))  # (B or 1, h * w, C)
+        inputs = (rows + position, rows)
         made = []
         for x, weight, bias in zip(inputs, map(torch.cat, weights), map(torch.cat, biases)):
             # W (x + level_embed) = W x + W level_embed, which joins the bias.
-            bias = F.linear(level_embed, weight, bias)
-            made.append(F.linear(x.flatten(2).transpose(1, 2), weight, bias))
+            made.append(F.linear(x, weight, F.linear(level_embed, weight, bias)))
         keys, values = made
         resized = shape_ops.resize_like(mask_features, pixels)
         return keys, values, resized.flatten(2).transpose(1, 2)
