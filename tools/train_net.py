@@ -29,7 +29,7 @@ from d2_trt.options import TensorRTOptions
 from mask2former import get_mask2former_cfg
 from mask2former.backend import BackendError, check_backend
 from mask2former.data import build_train_mapper, check_train_sets
-from mask2former.data.train_loader import AnnotationError
+from mask2former.data.errors import AnnotationError
 from mask2former.engine import Trainer, torch_training_cfg
 from mask2former.evaluation import check_test_sets, evaluate_model, with_evaluation_formats
 

@@ -113,6 +113,11 @@ def test_mistakes_in_training_keys(run, trainable, override, message):
     assert message in run(*TRAIN, *override)
 
 
+def test_time_limit_that_is_none(run):
+    for seconds in ("0", "-3", "nan"):
+        assert "must be a positive number of seconds" in run("--time-limit", seconds, *TRAIN)
+
+
 def test_batch_that_the_gpus_cannot_share(run, trainable, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -345,6 +350,29 @@ def test_fallback_is_told_in_the_results(train_net, drawn, tmp_path):
     log = (tmp_path / "log.txt").read_text()
     assert log.count("PyTorch runs the network (MODEL.TENSORRT.ON_ERROR torch)") == 1
     assert "The network was run by torch (fallback" in log
+
+
+@pytest.mark.parametrize("what", ["train", "val"])
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_damaged_image_ends_in_one_message(train_net, tmp_path, monkeypatch, capsys, what, workers):
+    monkeypatch.chdir(REPO_ROOT)
+    prefix = f"damaged_{what}_{workers}"
+    make_shapes_dataset(tmp_path / "shapes", ShapesOptions(train=1, val=1, min_size=48, max_size=64))
+    register_shapes(str(tmp_path / "shapes"), prefix)
+    (image,) = (tmp_path / "shapes" / what / "images").iterdir()
+    image.write_bytes(image.read_bytes()[:500])
+    words = [*TRAIN, "OUTPUT_DIR", str(tmp_path / "out"), "DATALOADER.NUM_WORKERS", workers]
+    words += [
+        "DATASETS.TRAIN",
+        f"('{prefix}_train_panoptic',)",
+        "DATASETS.TEST",
+        f"('{prefix}_val_panoptic',)",
+    ]
+    words += ["SOLVER.IMS_PER_BATCH", "1", "INPUT.IMAGE_SIZE", "64", "INPUT.MIN_SIZE_TEST", "64"]
+    assert train_net.run([*words] if what == "train" else ["--eval-only", *words]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"train_net.py: {image} (image_id {int(image.stem)}) cannot be ")
+    assert not (tmp_path / "out" / "inference" / "results.json").exists()
 
 
 def test_process_that_said_what_is_wrong_ends_the_job_without_traceback(train_net, available, monkeypatch):
