@@ -78,7 +78,7 @@ def attend_in_windows(g, result, x, attention, window_size, shift, mask):
         inputs = [g.cast(qkv, dtype), g.constant(biases), g.constant(relative)]
         sizes = {"heads": heads, "dim": dim, "window": window_size, "shift": shift}
         fields = {"type": dtype, **sizes, "scale": float(attention.scale)}
-        out = plugin.add_layer(g.network, plugin.WINDOW_ATTENTION, inputs, fields).get_output(0)
+        out = g.plugin(plugin.WINDOW_ATTENTION, inputs, fields, dtype)
     with g.inside(attention.proj):
         return linear(g, None, out, attention.proj.weight, attention.proj.bias)
 
@@ -153,7 +153,7 @@ def _warn_of_sizes(g, kind, sizes: str, how: str = "") -> None:
 
 def _plugin(g, inputs, dtype, heads: int, masked: int, part: int):
     fields = {"type": dtype, "heads": heads, "masked": masked, "part": part}
-    return plugin.add_layer(g.network, plugin.ATTENTION, inputs, fields).get_output(0)
+    return g.plugin(plugin.ATTENTION, inputs, fields, dtype)
 
 
 def _columns(g, t, part: int, channels: int):

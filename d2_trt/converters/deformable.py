@@ -46,7 +46,7 @@ def _plugin(g, value, offsets, logits, sizes):
     offsets, logits = (g.cast(t, sampling_dtype) for t in (offsets, logits))
     inputs = [g.cast(value, value_dtype), offsets, logits, _level_sizes(g, sizes)]
     types = {"value_type": value_dtype, "sampling_type": sampling_dtype}
-    return plugin.add_layer(g.network, plugin.MSDA, inputs, types).get_output(0)
+    return g.plugin(plugin.MSDA, inputs, types, value_dtype)
 
 
 def _level_sizes(g, sizes):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .. import compat
+from .. import compat, plugin
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Graph:
         self._alive = []  # TensorRT reads weights when it builds: they must outlive the network
         self._shapes = {}
         # Float types by tensor name: TensorRT 8.6 calls what a shuffle, slice or concatenation gives float32.
-        self._moved_types = {}
+        self._told_types = {}
         self._iota = None
         self._float_types = {torch.float32: self.trt.float32, torch.float16: self.trt.float16}
         if hasattr(self.trt, "bfloat16"):
@@ -92,7 +92,7 @@ class Graph:
 
     def _kind(self, tensor):
         """TensorRT's type of a tensor; of one whose elements were only moved, that of what they were moved from."""
-        return self._moved_types.get(tensor.name, tensor.dtype)
+        return self._told_types.get(tensor.name, tensor.dtype)
 
     def is_float(self, tensor) -> bool:
         return tensor.dtype in self._float_types.values()
@@ -142,7 +142,7 @@ class Graph:
         result = add(*inputs).get_output(0)
         kinds = {self._kind(x) for x in inputs if self.is_float(x)}
         if len(kinds) == 1:
-            self._moved_types[result.name] = kinds.pop()
+            self._told_types[result.name] = kinds.pop()
         return result
 
     def emit(
@@ -167,6 +167,12 @@ class Graph:
         if self.is_float(result):
             layer.precision = self.dtype(compute)
             layer.set_output_type(0, self.dtype(out))
+        return result
+
+    def plugin(self, kind, inputs: list, fields: Mapping[str, torch.dtype | int | float], out: torch.dtype):
+        """Add one of our plugins, see plugin.add_layer, and return its output, which is of type `out`."""
+        result = plugin.add_layer(self.network, kind, inputs, fields).get_output(0)
+        self._told_types[result.name] = self.dtype(out)
         return result
 
     def cast(self, tensor, dtype: torch.dtype):

@@ -49,12 +49,12 @@ def _layer_norm(g, x, normalized_shape, weight, bias, eps: float, residual=None)
     bias = torch.zeros(channels) if bias is None else bias
     if g.normalization == "plugin":
         tensors = [x, g.constant(weight), g.constant(bias)]
-        types = {"x_type": g.torch_dtype(x), "residual_type": -1, "out_type": _out_type(g)}
+        out = _out_type(g)
+        types = {"x_type": g.torch_dtype(x), "residual_type": -1, "out_type": out}
         if residual is not None:
             tensors.append(residual)
             types["residual_type"] = g.torch_dtype(residual)
-        fields = {**types, "epsilon": float(eps)}
-        return plugin.add_layer(g.network, plugin.LAYER_NORM, tensors, fields).get_output(0)
+        return g.plugin(plugin.LAYER_NORM, tensors, {**types, "epsilon": float(eps)}, out)
     shape = (1,) * (rank - 1) + (channels,)
     scale, shift = g.constant(weight.reshape(shape)), g.constant(bias.reshape(shape))
     return _normalization(g, x, scale, shift, 1 << (rank - 1), eps)
@@ -86,7 +86,7 @@ def _group_norm_plugin(g, x, groups: int, weight, bias, eps: float, relu: bool):
         "epsilon": float(eps),
     }
     tensors = [x, g.constant(weight), g.constant(bias)]
-    out = plugin.add_layer(g.network, plugin.GROUP_NORM, tensors, fields).get_output(0)
+    out = g.plugin(plugin.GROUP_NORM, tensors, fields, fields["out_type"])
     return out if len(sizes) == 4 else g.reshape(out, sizes)
 
 

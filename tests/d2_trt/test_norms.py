@@ -221,6 +221,18 @@ def test_real_network_tells_moved_tensors_types_as_the_double_does():
     _check_moved_types(trt, made.create_network(compat.network_flags()))
 
 
+@real
+def test_real_network_tells_the_type_that_a_plugin_gives():
+    trt = compat.tensorrt()  # noqa: F811
+    made = trt.Builder(builder.trt_logger())
+    network = made.create_network(compat.network_flags())
+    graph = Graph(network, lambda _: torch.float16, lambda: "", largest_size=64, normalization="plugin")
+    x = network.add_input("x", trt.float32, (2, 3, 4))
+    ones = graph.constant(torch.ones(4))
+    out = graph.plugin(plugin.LAYER_NORM, [x, ones, ones], {**LAYER, "out_type": F16}, F16)
+    assert out.dtype == trt.float16 and graph.torch_dtype(out) == F16
+
+
 def test_graph_knows_the_type_of_a_tensor_that_was_only_moved(trt):  # noqa: F811
     _check_moved_types(trt, build_network(trt))
 
