@@ -90,6 +90,21 @@ def test_another_number_of_iterations_moves_the_end_of_the_schedule(root, tmp_pa
     assert rates.values[1:] == pytest.approx([1e-3 * (1 - i / 8) ** 0.9 for i in range(2, 8)])
 
 
+def test_batches_that_are_loaded_ahead_come_in_their_order(root, tmp_path):
+    """On a GPU a step loads the next batch while the GPU works; here a step that takes the CPU for one."""
+    plain = new_trainer(make_cfg(tmp_path / "plain", *POLY))
+    plain.train()
+    ahead = limited_trainer(make_cfg(tmp_path / "ahead", *POLY, "SOLVER.CHECKPOINT_PERIOD", 1000), 0)
+    ahead._trainer._device_type = "cuda"
+    ahead.train()
+    assert ahead._trainer._next_batch is not None
+    ahead = limited_trainer(make_cfg(tmp_path / "ahead", *POLY), 1000, resume=True)
+    ahead._trainer._device_type = "cuda"
+    assert ahead.start_iter == 1
+    ahead.train()
+    assert_same_weights(weights_of(plain), weights_of(ahead))
+
+
 class Kill(HookBase):
     """kill -9 in the middle of a checkpoint of the iteration."""
 

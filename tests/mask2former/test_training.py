@@ -280,6 +280,19 @@ def test_images_without_segments_and_with_more_than_queries_train(counts, tmp_pa
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+def test_segments_that_the_crop_removed_train(tmp_path):
+    """They stay with empty masks, as in the release."""
+    model = build_model(make_cfg(tmp_path)).train()
+    some, none = segments(3, (64, 64)), segments(3, (64, 64))
+    none.gt_masks[:] = False
+    some.gt_masks[1] = False
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    losses = model([{"image": image, "instances": some}, {"image": image, "instances": none}])
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(v) for v in losses.values())
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 def test_diverged_training_stops_with_a_reason(root, tmp_path):
     trainer = new_trainer(make_cfg(tmp_path))
     trainer.model.sem_seg_head.predictor.query_feat.weight.data.fill_(float("nan"))
