@@ -77,7 +77,8 @@ def command(args: argparse.Namespace, seconds: float | None) -> list[str]:
     if seconds is not None:
         words += ["--time-limit", f"{max(seconds, 1):.0f}"]
     words += ["OUTPUT_DIR", args.output or f"output/shapes_{args.model}"]
-    words += ["DATALOADER.NUM_WORKERS", str(min(len(os.sched_getaffinity(0)), MOST_WORKERS))]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    words += ["DATALOADER.NUM_WORKERS", str(min(cores, MOST_WORKERS))]
     if not torch.cuda.is_available():
         print("no GPU: training on the CPU, which takes days", flush=True)
         words += ["MODEL.DEVICE", "cpu"]

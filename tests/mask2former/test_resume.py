@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from detectron2.engine import HookBase
 from mask2former.data.datasets.shapes import register_shapes
 from mask2former.engine import Trainer
 from mask2former.engine.checkpoint import WholeFileCheckpointer
+from mask2former.engine.time_limit import TimeIsUp, TimeLimit
 from tests.mask2former.test_training import PREFIX, make_cfg, new_trainer, one_thread, root, weights_of
 
 __all__ = ["one_thread", "root"]
@@ -70,6 +72,27 @@ def test_time_limit_writes_a_checkpoint_and_resuming_ends_in_the_same_weights(ro
     assert last.finished
     assert seen + some.values == rates.values and len(set(rates.values)) == 6
     assert_same_weights(weights_of(whole), weights_of(last))
+
+
+def test_processes_of_a_job_stop_after_the_same_iteration(monkeypatch):
+    """The first one's clock counts, and they ask each other now and then alone."""
+    asked = []
+    monkeypatch.setattr("mask2former.engine.time_limit.comm.get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        "mask2former.engine.time_limit.comm.all_gather", lambda mine: asked.append(mine) or [True, mine]
+    )
+    hook, saved = TimeLimit(time.monotonic() + 1000), []
+    hook.trainer = SimpleNamespace(iter=0, max_iter=100)
+    hook.trainer.checkpointer = SimpleNamespace(
+        get_checkpoint_file=lambda: "", save=lambda name, iteration: saved.append((name, iteration))
+    )
+    for iteration in range(9):
+        hook.trainer.iter = iteration
+        hook.after_step()
+    hook.trainer.iter = 9
+    with pytest.raises(TimeIsUp):
+        hook.after_step()
+    assert asked == [False] and saved == [("model_0000009", 9)]
 
 
 def test_limit_in_the_last_iteration_is_the_end_of_training(root, tmp_path):
