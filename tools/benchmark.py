@@ -17,7 +17,8 @@ Stages:
     stream          TensorRTPredictor(cfg).stream(images, batch_size=batch), from the first image's start to the last's end
     host            the predictors' parts before the network: PIL's resize, the conversion to float32, its upload, the
                     model's preprocess, TensorRTPredictor's upload and resize
-    evaluation      model and evaluators over the first data set of DATASETS.TEST, with and without its data loader
+    evaluation      model and evaluators over the first data set of DATASETS.TEST: images in memory, and from the data
+                    loader, whose processes start anew each time (DATALOADER.NUM_WORKERS)
 
 All configurations that fit into the GPU's memory take turns: --iterations calls of a stage are spread over --rounds
 rounds, so that a drift of the clock hits all alike. On CUDA, calls are timed with events; `predictor`, `trt_predictor`,

@@ -36,9 +36,9 @@ def run(benchmark, tmp_path, monkeypatch):
     """Exit status, and the rows of the CSV file."""
     monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def call(*words: str, opts=()) -> tuple[int, list[dict]]:
+    def call(*words: str, opts=(), device="cpu") -> tuple[int, list[dict]]:
         quick = ["--warmup", "0", "--iterations", "2", "--rounds", "2", "--stream-images", "3"]
-        argv = [*words, *quick, "--device", "cpu", "--output", str(tmp_path)]
+        argv = [*words, *quick, "--device", device, "--output", str(tmp_path)]
         status = benchmark.main([*argv, "--", *OPTS, *opts])
         rows = []
         for path in tmp_path.glob("*.csv"):
@@ -47,6 +47,9 @@ def run(benchmark, tmp_path, monkeypatch):
         return status, rows
 
     return call
+
+
+STAGES = ("core", "throughput", "postprocess", "forward", "predictor", "trt_predictor", "stream", "host")
 
 
 def timed(rows: list[dict]) -> list[dict]:
@@ -81,6 +84,21 @@ def test_sizes_batches_precisions_and_stages(run, capsys):
             assert float(row["times_limit"]) == pytest.approx(ratio, rel=1e-2)
     printed = capsys.readouterr().out
     assert "measured ceiling: copy" in printed and "build_s" not in printed and "sign_agreement" in printed
+
+
+@pytest.mark.gpu
+def test_every_stage_on_a_gpu(run):
+    status, rows = run(
+        *("--image-size", "480x640", "--batch", "1", "2", "--precision", "fp32", "fp16", "--all-tasks"),
+        *("--stages", *STAGES),
+        device="cuda",
+    )
+    assert status == 0
+    for row in timed(rows):
+        assert float(row["median_ms"]) > 0 and float(row["peak_mib"]) >= float(row["resident_mib"]) > 0
+        if row["stage"] in ("core", "throughput"):  # nothing beats the floor of the arithmetic
+            assert float(row["times_limit"]) > 1
+    assert {row["stage"] for row in timed(rows)} >= {"trt_predictor", "stream", "host_trt_load"}
 
 
 def test_backend_that_fails_leaves_the_rows_of_the_others(run, capsys):
