@@ -127,7 +127,15 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     if small and cfg.MODEL.TENSORRT.ON_OUT_OF_RANGE == "raise":
         raise UsageError(small)
     weights = cfg.MODEL.WEIGHTS
-    if args.resume and PathManager.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    if args.resume and PathManager.isfile(last):
+        with PathManager.open(last) as file:
+            name = file.read().strip()
+        if not name or not PathManager.isfile(os.path.join(cfg.OUTPUT_DIR, name)):
+            raise UsageError(
+                f"--resume: {last} names {name!r}, which is not in {cfg.OUTPUT_DIR}. Write the name of a checkpoint that "
+                "is there into it, or remove it to start anew"
+            )
         return cfg  # its own weights
     # What has a scheme (https://, detectron2://) is fetched by detectron2.
     if weights and "://" not in weights and not PathManager.isfile(weights):

@@ -132,6 +132,11 @@ def test_resumed_training_does_not_need_the_weights_it_began_with(
     words = [*TRAIN, "MODEL.WEIGHTS", "gone.pkl", "OUTPUT_DIR", str(tmp_path)]
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
     arguments = train_net.build_parser().parse_args(["--resume", *words])
+    with pytest.raises(
+        train_net.UsageError, match=r"last_checkpoint names 'model_0000001.pth', which is not in"
+    ):
+        train_net.load_config(arguments)
+    (tmp_path / "model_0000001.pth").touch()
     assert train_net.load_config(arguments).MODEL.WEIGHTS == "gone.pkl"
     with pytest.raises(train_net.UsageError, match=r"gone\.pkl: there is no such file"):
         train_net.load_config(train_net.build_parser().parse_args(words))
