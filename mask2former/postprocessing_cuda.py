@@ -2,6 +2,7 @@
 
 Mask logits are interpolated in registers, pixel by pixel, and never written at the output size. For a batch the order is:
 
+    top_pairs     the best pairs of query and class, which are the instances
     select        which queries the tasks need (their "slots"), from class probabilities, on the device
     mask_pass     for each image: winner of each pixel, bit masks of the instances, areas and sums
     decide        segment ids and scores of the instances, on the device
@@ -15,6 +16,8 @@ do not fit the room that earlier images suggest, they are copied again, which is
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +31,26 @@ if TYPE_CHECKING:
     from .postprocessing import PostprocessOptions
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# Bytes that scratch areas are aligned to.
+_ALIGNMENT = 256
+
+
+@functools.lru_cache(maxsize=64)
+def _things(module: ModuleType, classes: frozenset[int], num_classes: int):
+    """The kernels' set of thing classes."""
+    return module.ThingClasses(sorted(c for c in classes if 0 <= c < num_classes))
+
+
+@functools.lru_cache(maxsize=64)
+def _report_layout(module: ModuleType, queries: int, topk: int) -> dict[str, int]:
+    return module.report_layout(queries, topk)
+
+
+@functools.lru_cache(maxsize=64)
+def _has_tensor_cores(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class _RunRoom:
@@ -46,6 +69,8 @@ def why_not(
         return f"the class logits are on {pred_logits.device}, the masks on {pred_masks.device}"
     if not kernels.available():
         return f"the kernels are not built or do not load: {kernels.BUILD_HINT}"
+    if not _has_tensor_cores(pred_masks.device):
+        return "the kernels need a GPU of compute capability 8.0 or higher"
     if pred_masks.dtype not in _DTYPES:
         return f"the masks are {pred_masks.dtype}; the kernels take float32, float16 and bfloat16"
     module = kernels.load().postprocess
@@ -103,13 +128,16 @@ class _Batch:
         if pred_masks.stride(-1) != 1 or pred_masks.stride(-2) != pred_masks.shape[-1]:
             pred_masks = pred_masks.contiguous()
         self.masks = pred_masks
+        self.dtype = kernels.dtype_name(pred_masks)
         self.batch, self.queries = pred_masks.shape[:2]
         self.padded_size, self.image_sizes, self.output_sizes = padded_size, image_sizes, output_sizes
         self.topk = options.topk if options.instance_on else 0
         self.rle = options.instance_on and options.instance_format == "rle"
-        self.things = self.module.ThingClasses(
-            sorted(c for c in thing_classes if 0 <= c < options.num_classes)
-        )
+        self.by_mask = options.panoptic_on or options.instance_on
+        self.things = _things(self.module, thing_classes, options.num_classes)
+        sizes = output_sizes if options.resize_before_inference else image_sizes
+        self.geometries = [self._geometry(i, size) for i, size in enumerate(sizes)]
+        self._make_scratch()
 
     def run(self) -> list[dict]:
         options = self.options
@@ -118,30 +146,66 @@ class _Batch:
             for i, result in enumerate(results):
                 self._semantic_then_resize(i, result)
             return results
-        by_mask = options.panoptic_on or options.instance_on
-        if by_mask:
+        if self.by_mask:
             self._select()
-            self.maps, self.bits = [], []
+            self.maps = []
             for i in range(self.batch):
                 self._mask_pass(i)
             self._decide()
             report = self._send_report()
             for i, segment_map in enumerate(self.maps):
                 self.module.assign_ids(
-                    segment_map.data_ptr(),
-                    segment_map.numel(),
-                    self.work[i].data_ptr(),
-                    self.queries,
-                    self.stream,
+                    segment_map.data_ptr(), segment_map.numel(), self._work(i), self.queries, self.stream
                 )
         if options.semantic_on:
             for i, result in enumerate(results):
                 self._semantic(i, result)
-        if by_mask:
+        if self.by_mask:
             rows, boundaries = self._read_report(report)
             for i, result in enumerate(results):
                 self._assemble(i, result, rows[i], boundaries)
         return results
+
+    def _make_scratch(self) -> None:
+        """One allocation for all that only the kernels see, and where in it each part is.
+
+        Images run one after the other, and share what none needs after its own kernels.
+        """
+        self._scratch_bytes = 0
+        if self.by_mask:
+            self._work_bytes = 4 * self.module.work_words(self.queries)
+            self._work_at = self._reserve(self.batch * self._work_bytes)
+            tiles = max(geometry.mask_tiles for geometry in self.geometries)
+            self._counts_at = self._reserve(16 * tiles * self.queries)
+            self._sums_at = self._reserve(8 * tiles * self.queries)
+            if self.options.instance_on:
+                words = [height * -(-width // 32) for height, width in self.output_sizes]
+                self._pairs_at = self._reserve(8 * self.batch * self.topk)
+                self._pair_scores_at = self._reserve(4 * self.batch * self.topk)
+                self._bits_at = [self._reserve(4 * self.queries * count) for count in words]
+        if self.options.semantic_on or not self.options.resize_before_inference:
+            size = self.module.semantic_weights_bytes(self.queries, self.options.num_classes)
+            self._weights_at = self._reserve(size)
+        self.scratch = self._new(self._scratch_bytes, dtype=torch.uint8)
+        self._scratch_address = self.scratch.data_ptr()
+
+    def _reserve(self, size: int) -> int:
+        """Where `size` bytes of scratch begin."""
+        start = self._scratch_bytes
+        self._scratch_bytes = start + -(-size // _ALIGNMENT) * _ALIGNMENT
+        return start
+
+    def _work(self, image: int) -> int:
+        """The address of an image's work; see layout.h."""
+        return self._scratch_address + self._work_at + image * self._work_bytes
+
+    def _bits(self, image: int) -> int:
+        """The address of an image's mask bits (Q, height, ceil(width / 32)); 0 without instances."""
+        return self._scratch_address + self._bits_at[image] if self.options.instance_on else 0
+
+    def _report(self, image: int) -> int:
+        """The address of an image's report; see layout.h."""
+        return self.report.data_ptr() + 4 * image * self.layout["words"]
 
     def _geometry(self, image: int, output_size: tuple[int, int]):
         masks = tuple(self.masks.shape[-2:])
@@ -151,26 +215,36 @@ class _Batch:
 
     def _masks_of(self, image: int) -> tuple[int, str, int]:
         """What the C++ side wants of an image's masks: pointer, dtype, distance between queries."""
-        return self.masks[image].data_ptr(), kernels.dtype_name(self.masks), self.masks.stride(1)
+        start = self.masks.data_ptr() + image * self.masks.stride(0) * self.masks.element_size()
+        return start, self.dtype, self.masks.stride(1)
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def _select(self) -> None:
         options, module = self.options, self.module
-        pair_scores = pairs = None
+        pair_scores = pairs = 0
         if options.instance_on:
-            # Unsorted, as in the release: the order of the results is this call's.
-            pair_scores, pairs = self.probs[..., :-1].flatten(1).topk(self.topk, sorted=False)  # (B, topk)
-        self.layout = module.report_layout(self.queries, self.topk)
-        self.work = self._new(self.batch, module.work_words(self.queries))
+            pairs = self._scratch_address + self._pairs_at
+            pair_scores = self._scratch_address + self._pair_scores_at
+            module.top_pairs(
+                self.probs.data_ptr(),
+                self.batch,
+                self.queries,
+                options.num_classes,
+                self.topk,
+                pair_scores,
+                pairs,
+                self.stream,
+            )
+        self.layout = _report_layout(module, self.queries, self.topk)
         self._make_report(self.batch * _RunRoom.per_image if self.rle else 0)
         self.scores = self._new(self.batch, self.topk, dtype=torch.float32)
         self.labels = self._new(self.batch, self.topk, dtype=torch.int64)
         module.select(
             self.probs.data_ptr(),
-            0 if pair_scores is None else pair_scores.data_ptr(),
-            0 if pairs is None else pairs.data_ptr(),
+            pair_scores,
+            pairs,
             self.batch,
             self.queries,
             options.num_classes,
@@ -178,8 +252,8 @@ class _Batch:
             options.panoptic_on,
             options.panoptic_on,  # with the panoptic task on, instances are things only
             options.object_mask_threshold,
-            self.work.data_ptr(),
-            self.report.data_ptr(),
+            self._work(0),
+            self._report(0),
             self.scores.data_ptr(),
             self.labels.data_ptr(),
             self.things,
@@ -195,34 +269,27 @@ class _Batch:
         self.boundaries = self.to_host[words:]
 
     def _mask_pass(self, image: int) -> None:
-        height, width = self.output_sizes[image]
-        geometry = self._geometry(image, (height, width))
-        tiles = geometry.mask_tiles
-        counts = self._new(tiles, 4, self.queries)
-        sums = self._new(tiles, self.queries, dtype=torch.int64)
         if self.options.panoptic_on:
-            self.maps.append(self._new(height, width))
-        if self.options.instance_on:
-            self.bits.append(self._new(self.queries, height, -(-width // 32)))
+            self.maps.append(self._new(*self.output_sizes[image]))
         self.module.mask_pass(
             *self._masks_of(image),
-            geometry,
+            self.geometries[image],
             self.queries,
             self.topk,
-            self.work[image].data_ptr(),
-            self.report[image].data_ptr(),
+            self._work(image),
+            self._report(image),
             self.maps[image].data_ptr() if self.options.panoptic_on else 0,
-            self.bits[image].data_ptr() if self.options.instance_on else 0,
-            counts.data_ptr(),
-            sums.data_ptr(),
+            self._bits(image),
+            self._scratch_address + self._counts_at,
+            self._scratch_address + self._sums_at,
             self.stream,
         )
 
     def _decide(self) -> None:
         options = self.options
         self.module.decide(
-            self.work.data_ptr(),
-            self.report.data_ptr(),
+            self._work(0),
+            self._report(0),
             self.scores.data_ptr(),
             self.batch,
             self.queries,
@@ -237,10 +304,10 @@ class _Batch:
         if self.rle:
             for i, (height, width) in enumerate(self.output_sizes):
                 self.module.mask_runs(
-                    self.bits[i].data_ptr(),
-                    self.work[i].data_ptr(),
-                    self.report[i].data_ptr(),
-                    self.report.data_ptr() + 4 * self.layout["runs"],
+                    self._bits(i),
+                    self._work(i),
+                    self._report(i),
+                    self._report(0) + 4 * self.layout["runs"],
                     height,
                     width,
                     self.queries,
@@ -287,8 +354,8 @@ class _Batch:
             masks = self._new(count, height, width, dtype=torch.bool)
             if count:
                 self.module.expand_masks(
-                    self.bits[image].data_ptr(),
-                    self.report[image].data_ptr(),
+                    self._bits(image),
+                    self._report(image),
                     count,
                     height,
                     width,
@@ -301,8 +368,8 @@ class _Batch:
         if self.options.boxes_from_masks:
             boxes = self._new(self.topk, 4, dtype=torch.float32)
             self.module.mask_boxes(
-                self.bits[image].data_ptr(),
-                self.report[image].data_ptr(),
+                self._bits(image),
+                self._report(image),
                 height,
                 width,
                 self.queries,
@@ -336,11 +403,11 @@ class _Batch:
         size = self.output_sizes[image]
         if self.options.semantic_format == "labels":
             labels = self._new(*size, dtype=torch.int64)
-            self._run_semantic(image, size, labels=labels)
+            self._run_semantic(image, labels=labels)
             result["sem_seg_labels"] = labels
         else:
             scores = self._new(self.options.num_classes, *size, dtype=torch.float32)
-            self._run_semantic(image, size, scores=scores)
+            self._run_semantic(image, scores=scores)
             result["sem_seg"] = scores
 
     def _semantic_then_resize(self, image: int, result: dict) -> None:
@@ -350,7 +417,7 @@ class _Batch:
             self._semantic(image, result)
             return
         scores = self._new(self.options.num_classes, *size, dtype=torch.float32)
-        self._run_semantic(image, size, scores=scores)
+        self._run_semantic(image, scores=scores)
         scores = torch.nn.functional.interpolate(
             scores[None], size=output_size, mode="bilinear", align_corners=False
         )[0]
@@ -359,15 +426,16 @@ class _Batch:
         else:
             result["sem_seg"] = scores
 
-    def _run_semantic(self, image: int, size: tuple[int, int], scores=None, labels=None) -> None:
+    def _run_semantic(self, image: int, scores=None, labels=None) -> None:
         self.module.semantic(
             *self._masks_of(image),
-            self._geometry(image, size),
-            self.probs[image].data_ptr(),
+            self.geometries[image],
+            self.probs.data_ptr() + 4 * image * self.probs.stride(0),
             self.queries,
             self.options.num_classes,
             0 if scores is None else scores.data_ptr(),
             0 if labels is None else labels.data_ptr(),
+            self._scratch_address + self._weights_at,
             self.stream,
         )
 

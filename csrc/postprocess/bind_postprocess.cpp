@@ -61,6 +61,7 @@ void bind_postprocess(py::module_& parent) {
     py::class_<ThingClasses>(module, "ThingClasses").def(py::init(&thing_classes), py::arg("ids"));
 
     module.def("work_words", [](int queries) { return WorkLayout{queries}.words(); });
+    module.def("semantic_weights_bytes", &semantic_weights_bytes, py::arg("queries"), py::arg("classes"));
     // Offsets in an image's report, in words.
     module.def("report_layout", [](int queries, int topk) {
         ReportLayout at{queries, topk};
@@ -76,6 +77,16 @@ void bind_postprocess(py::module_& parent) {
         places["words"] = at.words();
         return places;
     });
+
+    module.def(
+        "top_pairs",
+        [](Address probs, int batch, int queries, int classes, int topk, Address pair_scores, Address pairs,
+           Address stream) {
+            require_aligned(probs, sizeof(float), "probs");
+            postprocess::top_pairs(pointer<float>(probs), batch, queries, classes, topk, pointer<float>(pair_scores),
+                                   pointer<std::int64_t>(pairs), stream_of(stream));
+        },
+        release_gil());
 
     module.def(
         "select",
@@ -156,10 +167,10 @@ void bind_postprocess(py::module_& parent) {
     module.def(
         "semantic",
         [](Address masks, std::string const& dtype, std::int64_t query_stride, Geometry const& geometry, Address probs,
-           int queries, int classes, Address scores, Address labels, Address stream) {
+           int queries, int classes, Address scores, Address labels, Address weights, Address stream) {
             require_aligned(probs, sizeof(float), "probs");
             SemanticArgs args{masks_of(masks, dtype, query_stride), geometry, pointer<float>(probs), queries, classes,
-                              pointer<float>(scores), pointer<std::int64_t>(labels)};
+                              pointer<float>(scores), pointer<std::int64_t>(labels), pointer<uint4>(weights)};
             postprocess::semantic(args, stream_of(stream));
         },
         release_gil());

@@ -17,6 +17,11 @@
 
 namespace d2_trt::postprocess {
 
+// The best `topk` pairs of query and class of each image, without the class "no object": pairs (batch, topk), query *
+// classes + class, and pair_scores (batch, topk), their probabilities. probs is (batch, queries, classes + 1).
+void top_pairs(float const* probs, int batch, int queries, int classes, int topk, float* pair_scores, std::int64_t* pairs,
+               cudaStream_t stream);
+
 // What the class probabilities alone decide, for a batch.
 struct SelectArgs {
     float const* probs;             // (batch, queries, classes + 1), the last class "no object"
@@ -90,7 +95,9 @@ struct SemanticArgs {
     int queries, classes;
     float* scores;
     std::int64_t* labels;
+    uint4* weights;  // semantic_weights_bytes() of scratch
 };
+std::int64_t semantic_weights_bytes(int queries, int classes);
 void semantic(SemanticArgs const& args, cudaStream_t stream);
 
 }  // namespace d2_trt::postprocess

@@ -57,7 +57,14 @@ __host__ __device__ inline float blend(float a, float b, float weight) {
     return fused_multiply_add(1.0f - weight, a, product(weight, b));
 }
 
-__host__ __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// As 1 / (1 + exp(-x)), whose division is rounded to nearest too.
+__host__ __device__ inline float sigmoid(float x) {
+#ifdef __CUDA_ARCH__
+    return __frcp_rn(1.0f + expf(-x));
+#else
+    return 1.0f / (1.0f + std::exp(-x));
+#endif
+}
 
 // Where a pixel reads along one axis: two places of the cropped image, each of two places of the mask.
 struct AxisTaps {
@@ -148,5 +155,65 @@ __host__ __device__ inline float sample(T const* __restrict__ plane, AxisTaps co
     float across = sample_padded<kPads>(plane, rows, columns, 1, 1);
     return blend(blend(value, right, columns.outer), blend(below, across, columns.outer), rows.outer);
 }
+
+// One mask along a column of output pixels. What a row of the mask gives at this column's places is kept for as long as the
+// next reads of it follow: those of an enlarged mask mostly do, and neighbouring pixels share them.
+template <typename T, bool kPads, bool kResizes>
+class ColumnSampler {
+public:
+    // `plane` is one mask (mask_h, mask_w).
+    __host__ __device__ ColumnSampler(T const* __restrict__ plane, AxisTaps const& columns)
+        : plane_(plane), columns_(columns) {}
+
+    // The logit at a row of the output, given its taps after scale_places.
+    __host__ __device__ float at(AxisTaps const& rows) {
+        Pair const above = padded(rows, 0);
+        if (!kResizes) return above.x[0];
+        float const top = blend(above.x[0], above.x[1], columns_.outer);
+        Pair const below = padded(rows, 1);
+        return blend(top, blend(below.x[0], below.x[1], columns_.outer), rows.outer);
+    }
+
+private:
+    // Values at the two places of the image that the column reads; only the first counts where nothing resizes.
+    struct Pair {
+        float x[2];
+    };
+
+    __host__ __device__ Pair row_of_mask(int place) const {
+#ifdef __CUDA_ARCH__
+        asm volatile("" : "+r"(place));  // else its sums with the columns are kept for all masks, in 32 registers
+#endif
+        T const* row = plane_ + place;
+        Pair pair{};
+        for (int j = 0; j < (kResizes ? 2 : 1); ++j) {
+            float const left = load_float(row + columns_.at[2 * j]);
+            pair.x[j] = kPads ? blend(left, load_float(row + columns_.at[2 * j + 1]), columns_.inner[j]) : left;
+        }
+        return pair;
+    }
+
+    // A row of the padded image.
+    __host__ __device__ Pair padded(AxisTaps const& rows, int i) {
+        int const first = rows.at[2 * i], second = rows.at[2 * i + 1];
+        if (first != first_) {
+            first_row_ = first == second_ ? second_row_ : row_of_mask(first);
+            first_ = first;
+        }
+        if (!kPads) return first_row_;
+        if (second != second_) {
+            second_row_ = second == first_ ? first_row_ : row_of_mask(second);
+            second_ = second;
+        }
+        Pair pair{};
+        for (int j = 0; j < (kResizes ? 2 : 1); ++j) pair.x[j] = blend(first_row_.x[j], second_row_.x[j], rows.inner[i]);
+        return pair;
+    }
+
+    T const* plane_;
+    AxisTaps const& columns_;
+    int first_ = -1, second_ = -1;  // places of the rows that are kept
+    Pair first_row_{}, second_row_{};
+};
 
 }  // namespace d2_trt::postprocess

@@ -201,6 +201,36 @@ def test_ties_go_to_the_first_as_without_the_kernels(seed):
 
 
 @on_gpu
+@pytest.mark.parametrize("levels", [3, 100, None], ids=["many ties", "some ties", "no ties"])
+@pytest.mark.parametrize(("queries", "classes"), [(1, 1), (3, 7), (100, 133), (200, 90)])
+def test_best_pairs_are_those_of_topk_in_its_order(queries, classes, levels):
+    rng = torch.Generator().manual_seed(queries + classes)
+    probs = torch.rand(3, queries, classes + 1, generator=rng) ** 4
+    if levels:
+        probs = (probs * levels).round() / levels
+    probs = probs.cuda()
+    for topk in {1, min(100, queries * classes), queries * classes}:
+        scores = torch.empty(3, topk, device="cuda")
+        pairs = torch.empty(3, topk, dtype=torch.int64, device="cuda")
+        kernels.load().postprocess.top_pairs(
+            probs.data_ptr(),
+            3,
+            queries,
+            classes,
+            topk,
+            scores.data_ptr(),
+            pairs.data_ptr(),
+            kernels.stream_of(probs),
+        )
+        flat = probs[..., :-1].flatten(1)
+        expected = flat.topk(topk, sorted=False)
+        assert torch.equal(scores, flat.gather(1, pairs))
+        assert torch.equal(scores.sort().values, expected.values.sort().values)
+        if queries * classes < 20000:  # else PyTorch sorts in several blocks
+            assert torch.equal(pairs, expected.indices)
+
+
+@on_gpu
 @pytest.mark.parametrize("instance_format", ["bitmask", "rle"])
 def test_nothing_kept(instance_format):
     logits, masks = scene()
