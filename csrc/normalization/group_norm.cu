@@ -14,6 +14,8 @@ constexpr int kThreads = 256;
 constexpr int kAhead = 4;  // loads that a thread has under way
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr std::int64_t kMostSlices = 1024;
+constexpr std::int64_t kFewSlices = 12;  // of a group, so that 32 groups make a wave
+constexpr std::int64_t kOneWave = 396;   // blocks that an H100 runs at once: three on each processor
 constexpr std::int64_t kMostChannelsLast = kWide * kThreads;
 
 struct Moments {
@@ -230,24 +232,34 @@ __global__ void __launch_bounds__(kThreads) normalize_channels_last(Arguments co
 }
 
 struct Plan {
-    std::int64_t slices;
-    std::int64_t slice;
+    std::int64_t most;    // slices of a map of this size or a smaller one
+    std::int64_t slices;  // of this map
+    std::int64_t slice;   // see Arguments
     int threads;
 };
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Slices grow with the map alone, so that a workspace for the largest map and batch suffices for all.
+// Slices for all of a GPU's processors where the map is large enough, and no more than there is work for. A workspace for
+// `most` slices suffices for smaller maps and batches too.
 Plan plan_for(GroupNormSizes const& s, MapLayout layout) {
+    Plan plan;
     if (layout == MapLayout::kPlanar) {
         std::int64_t const chunks = ceil_div(s.channels / s.groups * s.pixels, kWide);
-        std::int64_t const slices = std::clamp<std::int64_t>(ceil_div(chunks, kThreads * kAhead), 1, kMostSlices);
-        return {slices, ceil_div(chunks, slices), kThreads};
+        plan.most = std::max(std::min(ceil_div(chunks, kThreads), kFewSlices), ceil_div(chunks, kThreads * kAhead));
+        plan.most = std::clamp<std::int64_t>(plan.most, 1, kMostSlices);
+        plan.slice = ceil_div(chunks, plan.most);
+        plan.slices = plan.most;
+        plan.threads = kThreads;
+        return plan;
     }
     int const columns = static_cast<int>(s.channels / kWide);
     int const rows = kThreads / columns;
-    std::int64_t const slices = std::clamp<std::int64_t>(ceil_div(s.pixels, rows * kAhead * 4), 1, kMostSlices);
-    return {slices, ceil_div(s.pixels, slices), rows * columns};
+    plan.most = std::clamp<std::int64_t>(ceil_div(s.pixels, rows), 1, kOneWave);
+    plan.slice = ceil_div(ceil_div(s.pixels, plan.most), rows) * rows;
+    plan.slices = std::max<std::int64_t>(ceil_div(s.pixels, std::max<std::int64_t>(plan.slice, 1)), 1);
+    plan.threads = rows * columns;
+    return plan;
 }
 
 void check(GroupNormSizes const& s, MapLayout layout) {
@@ -274,7 +286,7 @@ bool group_norm_takes_channels_last(std::int64_t channels, std::int64_t groups) 
 std::size_t group_norm_workspace(GroupNormSizes const& sizes, MapLayout layout) {
     check(sizes, layout);
     std::size_t const groups = static_cast<std::size_t>(sizes.batch * sizes.groups);
-    return groups * (sizeof(float2) + static_cast<std::size_t>(plan_for(sizes, layout).slices) * sizeof(Moments));
+    return groups * (sizeof(float2) + static_cast<std::size_t>(plan_for(sizes, layout).most) * sizeof(Moments));
 }
 
 void group_norm(GroupNormTensors const& t, GroupNormSizes const& sizes, float epsilon, bool relu, cudaStream_t stream) {
@@ -305,12 +317,13 @@ void group_norm(GroupNormTensors const& t, GroupNormSizes const& sizes, float ep
     std::int64_t const blocks = last ? sizes.batch * plan.slices : groups * plan.slices;
     std::int64_t const planes = sizes.batch * sizes.channels * parts;
     require(std::max(blocks, planes) <= INT32_MAX, "group_norm: the map needs more than ", INT32_MAX, " blocks");
-    // Sixteen bytes at a time where every plane starts at a multiple of them.
+    // Sixteen bytes at a time where every group, or every plane, starts at a multiple of them.
     bool const vector = sizes.pixels % kWide == 0 && aligned_to_16(t.x, t.out);
+    bool const vector_moments = sizes.channels / sizes.groups * sizes.pixels % kWide == 0 && aligned_to_16(t.x);
     unsigned const grid = static_cast<unsigned>(blocks);
     if (last) {
         moments_channels_last<<<grid, plan.threads, plan.threads * sizeof(Moments), stream>>>(a);
-    } else if (vector) {
+    } else if (vector_moments) {
         moments_planar<true><<<grid, kThreads, 0, stream>>>(a);
     } else {
         moments_planar<false><<<grid, kThreads, 0, stream>>>(a);

@@ -20,7 +20,7 @@ from tests.d2_trt.test_plugin import plugin_layers, real, registered  # noqa: F4
 from tests.doubles.fake_tensorrt import build_network
 from tests.doubles.fixtures import trt_double as trt  # noqa: F401
 from tests.doubles.trt_api import Refused
-from tests.golden import relative_error
+from tests.golden import mini_model, relative_error
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -114,6 +114,28 @@ def test_plugins_take_tensors_as_they_come_and_give_what_the_policy_says(
     images = random_images(TRACED)
     for out, expected in zip(network.evaluate({"images": images}).values(), model(images)):
         assert relative_error(out, expected) < {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}[precision]
+
+
+def test_model_in_half_precision_gives_the_plugins_half_precision(registered, monkeypatch):  # noqa: F811
+    """Also where TensorRT 8.6 calls a tensor float32 that was only moved."""
+    model = mini_model("resnet50-mini").cpu()
+    plugins = {"normalization": "plugin", "msda": "plugin", "attention": "plugin"}
+    pins = builder.default_fp32_modules("plugin")
+    spec = BuildSpec(**STATIC, **plugins, precision="fp16", fp32_modules=pins)
+    network = trace(registered, builder.Core(model), spec, monkeypatch)
+    layers = by_module(network)
+    half = plugin._TYPES[F16]
+    decoder = "model.sem_seg_head.pixel_decoder."
+    for name, layer in layers.items():
+        if not name.startswith(decoder):
+            continue
+        fields = layer.plugin._ours.fields
+        types = {key: value for key, value in fields.items() if key.endswith("type")}
+        assert set(types.values()) <= {half, -1}, name
+    assert sum(".encoder.layers." in name for name in layers) == 3 * 2
+    casts = [row for row in network.precisions() if row["kind"] == "CAST" and row["outputs"] != ["INT32"]]
+    ours = {name for name in layers if name.startswith(decoder)}
+    assert not [row for row in casts if row["name"].split(":")[0] in ours]
 
 
 VARIANTS = {
