@@ -68,13 +68,17 @@ def masked_inputs(batch: int, queries: int, keys: int, dtype: torch.dtype, share
         return torch.randn(shape, generator=rng, device="cuda")
 
     # Along one direction each query's mask is a run of neighbouring keys, as masks of objects are; the rest is noise.
-    embed, features = random(batch, queries, MASK_DIM) * 0.01, random(batch, keys, MASK_DIM) * 0.01
+    # (share / 2) ** 2 - (position - center) ** 2 is a product of (1, position, position ** 2) and coefficients; positions are
+    # sums of two numbers of the dtype, so that they are exact enough.
+    embed, features = random(batch, queries, MASK_DIM) * 1e-3, random(batch, keys, MASK_DIM) * 1e-3
     position = torch.linspace(0, 1, keys, device="cuda")
     centers = torch.linspace(0, 1, queries, device="cuda")
-    # (share / 2) ** 2 - (position - center) ** 2 is a product of (1, position, position ** 2) and coefficients.
-    embed[:, :, :3] = torch.stack([(share / 2) ** 2 - centers**2, 2 * centers, -torch.ones_like(centers)], 1)
-    features[:, :, :3] = torch.stack([torch.ones_like(position), position, position**2], 1)
-    embed[:, :, 3:] *= share
+    columns = [(torch.ones_like(position), (share / 2) ** 2 - centers**2)]
+    for values, coefficients in ((position, 2 * centers), (position**2, -torch.ones_like(centers))):
+        high = values.to(dtype).float()
+        columns += [(high, coefficients), (values - high, coefficients)]
+    for i, (values, coefficients) in enumerate(columns):
+        features[:, :, i], embed[:, :, i] = values, coefficients
     return {
         "q": random(batch, queries, CHANNELS).to(dtype),
         "k": random(batch, keys, 3 * CHANNELS).to(dtype)[..., :CHANNELS],

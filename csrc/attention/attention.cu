@@ -77,6 +77,8 @@ void open_shared(Kernel* kernel, int bytes, Device const& on, std::atomic<int> (
     opened[on.index].store(bytes, std::memory_order_release);
 }
 
+std::int64_t some_stride(std::int64_t keys) { return divide_up(divide_up(keys, kTileKeys * kMaskWarps), 16) * 16; }
+
 unsigned count(std::int64_t n) { return static_cast<unsigned>(n); }
 
 template <typename T, int kBlocks>
@@ -117,7 +119,7 @@ void launch(
     AttentionProblem problem, AttentionTensors const& tensors, std::int64_t batch, Device const& on, cudaStream_t stream) {
     using Blocks = Shape<D, kMasked>;
     AttentionPlan const plan = plan_attention(
-        batch, problem.queries, problem.keys, problem.heads, Blocks::kBlocks * kBlockRows, Blocks::kMaxWarps,
+        batch, problem.queries, problem.keys, problem.heads, Blocks::kWarps * Blocks::kBlocks * kBlockRows,
         kMasked || problem.keys > kFewKeys, std::int64_t{on.multiprocessors} * Blocks::kResident);
     require(
         plan.groups * problem.heads <= 65535, "attention: ", problem.queries, " queries of ", problem.heads,
@@ -132,6 +134,9 @@ void launch(
     if (kMasked) {
         problem.allowed = reinterpret_cast<std::uint32_t*>(workspace);
         workspace += batch * plan.tiles * problem.rows * static_cast<std::int64_t>(sizeof(std::uint32_t));
+        problem.some = workspace;
+        problem.some_stride = static_cast<std::int32_t>(some_stride(problem.keys));
+        workspace += batch * problem.rows * problem.some_stride;
         find_allowed<T>(problem, batch, on, stream);
     }
     problem.partial = reinterpret_cast<float*>(workspace);
@@ -140,7 +145,7 @@ void launch(
     int const bytes = kStages * Tile<D>::kBytes;
     open_shared(attention_kernel<T, D, kMasked>, bytes, on, opened);
     dim3 const grid(count(plan.splits), count(plan.groups * problem.heads), count(batch));
-    attention_kernel<T, D, kMasked><<<grid, count(plan.warps * 32), bytes, stream>>>(problem);
+    attention_kernel<T, D, kMasked><<<grid, Blocks::kWarps * 32, bytes, stream>>>(problem);
     check_cuda(cudaGetLastError(), "attention");
     if (plan.splits > 1) combine<T>(problem, plan, batch, D, on, stream);
 }
@@ -165,7 +170,7 @@ void launch_dim(
     }
 }
 
-std::int64_t rows_of(AttentionSizes const& sizes) { return divide_up(sizes.queries, kBlockRows) * kBlockRows; }
+std::int64_t rows_of(AttentionSizes const& sizes) { return divide_up(sizes.queries, kMaskRows) * kMaskRows; }
 
 std::int64_t floats_of_a_split(AttentionSizes const& sizes) { return sizes.heads * sizes.dim + 2 * sizes.heads; }
 
@@ -176,11 +181,13 @@ std::size_t attention_workspace(AttentionSizes const& sizes) {
     check_sizes(sizes, on);
     bool const masked = sizes.mask_dim > 0;
     if (!masked && sizes.keys <= kFewKeys) return 0;
-    std::int64_t const bits = masked ? sizes.batch * divide_up(sizes.keys, kTileKeys) * rows_of(sizes) : 0;
+    // In words of four bytes: of the mask, and of the splits' sums.
+    std::int64_t const row = divide_up(sizes.keys, kTileKeys) + some_stride(sizes.keys) / 4;
+    std::int64_t const mask = masked ? sizes.batch * rows_of(sizes) * row : 0;
     // As many blocks at once as any of the kernels has.
     std::int64_t const slots = std::int64_t{on.multiprocessors} * kMostResident;
     std::int64_t const splits = most_splits(sizes.batch, sizes.keys, sizes.heads, slots);
-    return static_cast<std::size_t>(bits + splits * sizes.queries * floats_of_a_split(sizes)) * sizeof(float);
+    return static_cast<std::size_t>(mask + splits * sizes.queries * floats_of_a_split(sizes)) * sizeof(float);
 }
 
 void attention(AttentionTensors const& tensors, AttentionSizes const& sizes, cudaStream_t stream) {

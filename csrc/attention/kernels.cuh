@@ -15,8 +15,11 @@ namespace d2_trt {
 constexpr int kTileKeys = 32;
 constexpr int kBlockRows = 16;
 constexpr int kMaskWarps = 4;
+constexpr int kMaskStages = 4;  // pieces of 32 channels of features that are on their way or in use
+constexpr int kMaskRows = 64;   // the rows of the mask are a multiple of it
 constexpr int kStages = 4;  // tiles of keys and values that are on their way or in use
 constexpr int kCombineThreads = 512;
+constexpr float kLowest = -3.0e38f;  // below every logit, for powers of 2
 
 struct AttentionProblem {
     void const* q;
@@ -25,10 +28,12 @@ struct AttentionProblem {
     float const* mask_embed;
     void const* features;
     void* out;
-    std::uint32_t* allowed;  // (B, tiles, rows): a bit for each key of a tile
+    std::uint32_t* allowed;  // (B, tiles, rows): a bit for each key of a tile that the query may attend to
+    unsigned char* some;     // (B, rows, some_stride): for each kMaskWarps tiles, whether there is such a key
     float* partial;          // (B, Q, splits, heads * D): sums of the splits, not divided by their weights
-    float2* stats;  // (B, Q, splits, heads): largest logit, and the sum of weights, negative where all keys were blocked
-    std::int32_t queries, rows, keys, heads, mask_dim;  // rows: queries rounded up to blocks of 16
+    float2* stats;           // (B, Q, splits, heads): largest logit and sum of weights of a split
+    std::int32_t queries, rows, keys, heads, mask_dim;  // rows: queries rounded up to a multiple of kMaskRows
+    std::int32_t some_stride;                           // a multiple of 16
     std::int64_t q_stride, k_stride, v_stride;
     std::int32_t tiles, tiles_per_split, splits;
     float scale;  // of the logits, for powers of 2: log2(e) / sqrt(D)
@@ -47,12 +52,15 @@ struct Tile {
 template <int D, bool kMasked>
 struct Shape {
     static constexpr int kBlocks = kMasked ? 2 : 1;
-    static constexpr int kMaxWarps = kMasked ? 4 : 8;
+    static constexpr int kWarps = kMasked ? 4 : 8;
     static constexpr int kResident = D == 64 ? (kMasked ? 2 : 1) : (kMasked ? 3 : 2);
 };
 
-// Shared memory of mask_kernel: the mask embeddings of `blocks` of 16 queries, in fragments.
-__host__ __device__ inline int mask_shared_bytes(int blocks, int mask_dim) { return blocks * mask_dim * 64; }
+// Shared memory of mask_kernel: the mask embeddings of `blocks` of 16 queries, and pieces of the warps' features.
+constexpr int kPieceBytes = kTileKeys * 64;
+__host__ __device__ inline int mask_shared_bytes(int blocks, int mask_dim) {
+    return blocks * mask_dim * 64 + kMaskWarps * (kMaskStages * kPieceBytes + blocks * kBlockRows);
+}
 
 // Words from shared memory.
 template <int kWords>
@@ -91,18 +99,6 @@ __device__ __forceinline__ void load_words(std::uint32_t (&words)[kWords], void 
     }
 }
 
-// Copies the rows of a tile from global to shared memory, zeros for those past the last. `worker` of `workers` threads.
-template <int kRowBytes>
-__device__ __forceinline__ void copy_rows(
-    unsigned char* to, int pitch, unsigned char const* from, std::int64_t stride_bytes, int rows, int worker, int workers) {
-    constexpr int kPieces = kRowBytes / 16;
-    for (int i = worker; i < kTileKeys * kPieces; i += workers) {
-        int const row = i / kPieces, piece = i % kPieces;
-        bool const past = row >= rows;
-        copy_async(to + row * pitch + piece * 16, from + (past ? 0 : row * stride_bytes) + piece * 16, past);
-    }
-}
-
 // Eight channels of a mask embedding as high + low, numbers of T, the rest being below what features resolve.
 template <typename T>
 __device__ __forceinline__ void high_and_low(
@@ -126,8 +122,31 @@ __global__ void __launch_bounds__(kMaskWarps * 32) mask_kernel(__grid_constant__
     std::int64_t const image = blockIdx.z;
     // (kBlocks, pieces, rows g or g + 8, high or low, lane): four words each, of the channels 8 t and on
     auto* const fragments = reinterpret_cast<uint4*>(shared_memory());
+    unsigned char* const ring = shared_memory() + kBlocks * channels * 64 + warp * kMaskStages * kPieceBytes;
+    unsigned char* const found = shared_memory() + kBlocks * channels * 64 + kMaskWarps * kMaskStages * kPieceBytes;
+
+    // A lane copies channels 8 t and on of keys g, g + 8, ...: what it alone reads, so that its own wait is enough.
+    int const tile = static_cast<int>(blockIdx.x) * kMaskWarps + warp;
+    int const left = problem.keys - tile * kTileKeys;  // none or less where there is no such tile
+    auto const* const features = static_cast<unsigned char const*>(problem.features) + 16 * t;
+    std::int64_t const key = image * problem.keys + static_cast<std::int64_t>(tile) * kTileKeys + g;
+    auto const copy_piece = [&](int piece) {
+        if (piece < pieces) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                bool const past = 8 * j + g >= left;
+                copy_async(
+                    ring + piece % kMaskStages * kPieceBytes + (8 * j + g) * 64 + 16 * t,
+                    features + (past ? 0 : 2 * (key + 8 * j) * channels + 64 * piece), past);
+            }
+        }
+        end_copies();
+    };
+#pragma unroll
+    for (int i = 0; i < kMaskStages - 1; ++i) copy_piece(i);
+
     float const* const embed = problem.mask_embed + image * problem.queries * channels;
-#pragma unroll 2
+#pragma unroll 4
     for (int item = warp; item < kBlocks * pieces; item += kMaskWarps) {
         int const row = first_row + item / pieces * kBlockRows + g;
         int const channel = item % pieces * 32 + 8 * t;
@@ -147,28 +166,17 @@ __global__ void __launch_bounds__(kMaskWarps * 32) mask_kernel(__grid_constant__
         }
     }
     sync_block();
-    int const tile = static_cast<int>(blockIdx.x) * kMaskWarps + warp;
-    if (tile >= problem.tiles) return;
 
-    int const left = problem.keys - tile * kTileKeys;
-    std::int64_t const key = image * problem.keys + static_cast<std::int64_t>(tile) * kTileKeys + g;
-    auto const* const features = static_cast<unsigned char const*>(problem.features) + 2 * key * channels + 16 * t;
-    std::uint32_t next[4][4];  // of key 8 j + g, channels 8 t and on
-    auto const fetch = [&](int piece) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) load_words(next[j], features + 16 * j * channels + 64 * piece, 8 * j + g < left);
-    };
     float logits[kBlocks][4][4] = {};
-    fetch(0);
 #pragma unroll 1
     for (int piece = 0; piece < pieces; ++piece) {
-        std::uint32_t f[4][4];
+        wait_copies<kMaskStages - 2>();
+        std::uint32_t f[4][4];  // of key 8 j + g, channels 8 t and on
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) f[j][i] = next[j][i];
+            read_words(f[j], ring + piece % kMaskStages * kPieceBytes + (8 * j + g) * 64 + 16 * t);
         }
-        if (piece + 1 < pieces) fetch(piece + 1);
+        copy_piece(piece + kMaskStages - 1);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
             std::uint32_t e[2][2][4];  // rows g and g + 8, high and low
@@ -188,8 +196,8 @@ __global__ void __launch_bounds__(kMaskWarps * 32) mask_kernel(__grid_constant__
             }
         }
     }
-    std::uint32_t const valid = left >= kTileKeys ? 0xffffffffu : (1u << left) - 1u;
-    std::uint32_t* const allowed = problem.allowed + (image * problem.tiles + tile) * problem.rows;
+    std::uint32_t const valid = left >= kTileKeys ? 0xffffffffu : left > 0 ? (1u << left) - 1u : 0u;
+    std::uint32_t* const allowed = problem.allowed + (image * problem.tiles + tile) * problem.rows + first_row;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
@@ -203,47 +211,81 @@ __global__ void __launch_bounds__(kMaskWarps * 32) mask_kernel(__grid_constant__
             blocked <<= 2 * t;
             blocked |= shuffle_xor(blocked, 1);
             blocked |= shuffle_xor(blocked, 2);
-            int const row = first_row + b * kBlockRows + 8 * h + g;
-            if (t == 0 && row < problem.rows) allowed[row] = ~blocked & valid;
+            int const row = b * kBlockRows + 8 * h + g;
+            std::uint32_t const word = first_row + row < problem.queries ? ~blocked & valid : 0u;
+            if (t == 0) {
+                if (left > 0) allowed[row] = word;
+                found[warp * kBlocks * kBlockRows + row] = word != 0;
+            }
         }
     }
+    sync_block();
+    int const row = threadIdx.x;
+    if (row >= kBlocks * kBlockRows) return;
+    unsigned char any = 0;
+#pragma unroll
+    for (int i = 0; i < kMaskWarps; ++i) any |= found[i * kBlocks * kBlockRows + row];
+    int const group = blockIdx.x;
+    unsigned char* const some = problem.some + (image * problem.rows + first_row + row) * problem.some_stride;
+    some[group] = any;
+    if ((group + 1) * kMaskWarps < problem.tiles) return;
+    for (int i = group + 1; i < problem.some_stride; ++i) some[i] = 0;
 }
 
 template <typename T, int D, bool kMasked>
-__global__ void __launch_bounds__(Shape<D, kMasked>::kMaxWarps * 32, Shape<D, kMasked>::kResident)
+__global__ void __launch_bounds__(Shape<D, kMasked>::kWarps * 32, Shape<D, kMasked>::kResident)
     attention_kernel(__grid_constant__ AttentionProblem const problem) {
     using Layout = Tile<D>;
     constexpr int kBlocks = Shape<D, kMasked>::kBlocks;
+    constexpr int kWarps = Shape<D, kMasked>::kWarps;
     constexpr int kWords = Layout::kWords;
-    int const lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int const g = lane / 4, t = lane % 4;
     int const head = static_cast<int>(blockIdx.y) % problem.heads;
     int const group = static_cast<int>(blockIdx.y) / problem.heads;
-    int const first_row = (group * warps + warp) * kBlocks * kBlockRows;  // the warp's
-    int const rows = problem.queries - first_row;                         // may be none
+    int const first_row = (group * kWarps + warp) * kBlocks * kBlockRows;  // the warp's
+    int const rows = problem.queries - first_row;                          // none or less where a warp only copies
     std::int64_t const image = blockIdx.z;
     int const split = blockIdx.x;
     int const first_tile = split * problem.tiles_per_split;
     int const last_tile = first_tile + problem.tiles_per_split;
     int const end_tile = last_tile < problem.tiles ? last_tile : problem.tiles;
 
-    auto const* const k =
-        static_cast<unsigned char const*>(problem.k) + 2 * (image * problem.keys * problem.k_stride + head * D);
-    auto const* const v =
-        static_cast<unsigned char const*>(problem.v) + 2 * (image * problem.keys * problem.v_stride + head * D);
+    // Each thread copies the same 16 bytes or so of every tile: of keys, then of values.
+    constexpr int kPieces = 4 * D, kCopies = (2 * kPieces + kWarps * 32 - 1) / (kWarps * 32);  // a row has D / 8 pieces
+    static_assert(2 * kPieces % (kWarps * 32) == 0 || kCopies == 1, "all threads copy alike");
+    unsigned char const* from[kCopies];
+    int to[kCopies], row[kCopies];
+    std::int64_t step[kCopies];
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+        int const piece = i * kWarps * 32 + static_cast<int>(threadIdx.x);
+        bool const value = piece >= kPieces;
+        std::int64_t const stride = 2 * (value ? problem.v_stride : problem.k_stride);
+        row[i] = piece < 2 * kPieces ? piece % kPieces / (D / 8) : problem.keys;
+        int const column = piece % (D / 8) * 16;
+        to[i] = value ? kTileKeys * Layout::kKPitch + row[i] * Layout::kVPitch : row[i] * Layout::kKPitch;
+        to[i] += column;
+        std::int64_t const first = image * problem.keys + static_cast<std::int64_t>(first_tile) * kTileKeys + row[i];
+        from[i] = static_cast<unsigned char const*>(value ? problem.v : problem.k) + first * stride + 2 * head * D + column;
+        step[i] = kTileKeys * stride;
+    }
     auto const copy_tile = [&](int tile) {
         if (tile < end_tile) {
-            unsigned char* const to = shared_memory() + tile % kStages * Layout::kBytes;
-            std::int64_t const key = static_cast<std::int64_t>(tile) * kTileKeys;
-            int const count = problem.keys - tile * kTileKeys;
-            copy_rows<2 * D>(
-                to, Layout::kKPitch, k + 2 * key * problem.k_stride, 2 * problem.k_stride, count, threadIdx.x, blockDim.x);
-            copy_rows<2 * D>(
-                to + kTileKeys * Layout::kKPitch, Layout::kVPitch, v + 2 * key * problem.v_stride, 2 * problem.v_stride,
-                count, threadIdx.x, blockDim.x);
+            unsigned char* const stage = shared_memory() + tile % kStages * Layout::kBytes;
+            int const left = problem.keys - tile * kTileKeys;
+#pragma unroll
+            for (int i = 0; i < kCopies; ++i) {
+                if (2 * kPieces >= kWarps * 32 || threadIdx.x < 2 * kPieces) {
+                    bool const past = row[i] >= left;
+                    copy_async(stage + to[i], past ? static_cast<unsigned char const*>(problem.k) : from[i], past);
+                }
+                from[i] += step[i];
+            }
         }
         end_copies();
     };
+#pragma unroll 1
     for (int i = 0; i < kStages - 1; ++i) copy_tile(first_tile + i);
 
     std::uint32_t queries[kBlocks][2][kWords];  // rows g and g + 8 of each block
@@ -252,24 +294,37 @@ __global__ void __launch_bounds__(Shape<D, kMasked>::kMaxWarps * 32, Shape<D, kM
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i) load_words(queries[i / 2][i % 2], q + 16 * i * problem.q_stride, 8 * i + g < rows);
 
-    // Of the same rows: sums of values, largest logit so far, sum of weights (a lane's own keys), and whether a key was seen
-    // that the query may attend to. Until then all keys count, for a query that may attend nowhere.
+    // Of the same rows: keys of the next tile that they may attend to, and whether they may attend to all, for want of any.
+    std::uint32_t next[kBlocks][2] = {};
+    std::uint32_t free_rows = 0;
+    std::uint32_t const* allowed = nullptr;
+    auto const fetch = [&] {
+        if (rows <= 0) return;
+#pragma unroll
+        for (int i = 0; i < 2 * kBlocks; ++i) next[i / 2][i % 2] = load(allowed + 8 * i);
+        allowed += problem.rows;
+    };
+    if constexpr (kMasked) {
+        static_assert(kBlocks * kBlockRows == 32, "a lane for each row");
+        allowed = problem.allowed + (image * problem.tiles + first_tile) * problem.rows + first_row + g;
+        fetch();
+        uint4 any = {0, 0, 0, 0};
+        if (lane < rows) {
+            std::int64_t const at = (image * problem.rows + first_row + lane) * problem.some_stride;
+            auto const* const some = reinterpret_cast<uint4 const*>(problem.some + at);
+#pragma unroll 4
+            for (int i = 0; i < problem.some_stride / 16; ++i) {
+                uint4 const part = load(some + i);
+                any.x |= part.x, any.y |= part.y, any.z |= part.z, any.w |= part.w;
+            }
+        }
+        free_rows = ballot(lane < rows && (any.x | any.y | any.z | any.w) == 0) >> g;
+    }
+    // Sums of values, largest logit so far, sum of weights (a lane's own keys).
     float sums[kBlocks][kWords][4] = {};
     float highest[kBlocks][2], total[kBlocks][2] = {};
-    std::uint32_t seen = 0;
-    std::uint32_t next[kBlocks][2] = {};  // allowed keys of the next tile
-    auto const fetch = [&](int tile) {
-        std::uint32_t const* const allowed = problem.allowed + (image * problem.tiles + tile) * problem.rows + first_row + g;
 #pragma unroll
-        for (int i = 0; i < 2 * kBlocks; ++i) next[i / 2][i % 2] = 8 * i + g < rows ? load(allowed + 8 * i) : 0u;
-    };
-#pragma unroll
-    for (int i = 0; i < 2 * kBlocks; ++i) {
-        bool const past = kMasked && 8 * i + g >= rows;  // such rows attend to nothing
-        highest[i / 2][i % 2] = past ? 0.f : -INFINITY;
-        seen |= (past ? 1u : 0u) << i;
-    }
-    if constexpr (kMasked) fetch(first_tile);
+    for (int i = 0; i < 2 * kBlocks; ++i) highest[i / 2][i % 2] = kLowest;
 
 #pragma unroll 1
     for (int tile = first_tile; tile < end_tile; ++tile) {
@@ -280,27 +335,15 @@ __global__ void __launch_bounds__(Shape<D, kMasked>::kMaxWarps * 32, Shape<D, kM
         copy_tile(tile + kStages - 1);
 
         std::uint32_t use[kBlocks][2];
-        bool some = false;
 #pragma unroll
         for (int i = 0; i < 2 * kBlocks; ++i) {
-            std::uint32_t& word = use[i / 2][i % 2];
-            word = valid;
-            if constexpr (kMasked) {
-                std::uint32_t const bit = 1u << i;
-                std::uint32_t const allowed = next[i / 2][i % 2];
-                if (seen & bit) {
-                    word = allowed;
-                } else if (allowed != 0) {  // what was summed so far was not allowed
-                    word = allowed;
-                    seen |= bit;
-                    highest[i / 2][i % 2] = -INFINITY;
-                }
-                some = some || word != 0;
-            }
+            use[i / 2][i % 2] = !kMasked || (free_rows & 1u << 8 * i) ? valid : next[i / 2][i % 2];
         }
         if constexpr (kMasked) {
-            if (tile + 1 < end_tile) fetch(tile + 1);
-            if (!any_lane(some)) continue;
+            if (tile + 1 < end_tile) fetch();
+            if (!any_lane((use[0][0] | use[0][1] | use[1][0] | use[1][1]) != 0)) continue;
+        } else if (rows <= 0) {
+            continue;
         }
 
         unsigned char const* const keys = shared_memory() + tile % kStages * Layout::kBytes;
@@ -440,84 +483,92 @@ __global__ void __launch_bounds__(Shape<D, kMasked>::kMaxWarps * 32, Shape<D, kM
                 }
             } else {
                 std::int64_t const slot = at * problem.splits + split;
-                auto* const to = reinterpret_cast<float2*>(problem.partial + slot * channels + channel);
+                float* const to = problem.partial + slot * channels + channel;
+                if constexpr (kWords == 1) {
+                    *reinterpret_cast<float2*>(to) = {mine[0], mine[1]};
+                } else {
 #pragma unroll
-                for (int i = 0; i < kWords; ++i) to[i] = {mine[2 * i], mine[2 * i + 1]};
-                bool const counts = !kMasked || (seen >> (2 * b + h) & 1u);
-                if (t == 0) problem.stats[slot * problem.heads + head] = {highest[b][h], counts ? weights : -weights};
+                    for (int i = 0; i < 2 * kWords; i += 4) {
+                        *reinterpret_cast<float4*>(to + i) = {mine[i], mine[i + 1], mine[i + 2], mine[i + 3]};
+                    }
+                }
+                if (t == 0) problem.stats[slot * problem.heads + head] = {highest[b][h], weights};
             }
         }
     }
 }
 
-// One query of one image and `head_count` heads: the splits' sums together. Splits without a key that the query may attend
-// to count only where all are such.
+// One query of one image and `head_count` heads: the splits' sums together.
 template <typename T>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_kernel(__grid_constant__ AttentionProblem const problem, int dim, int head_count) {
+    constexpr int kAhead = 8;  // sums that a thread loads before it knows what they are worth
     int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int const splits = problem.splits;
-    auto* const sums = reinterpret_cast<float4*>(shared_memory());  // one a thread
+    auto* const sums = reinterpret_cast<float4*>(shared_memory());           // one a thread
     auto* const factors = reinterpret_cast<float*>(sums + kCombineThreads);  // (head_count, splits)
     auto* const divisors = factors + head_count * splits;                    // (head_count)
     std::int64_t const row = static_cast<std::int64_t>(blockIdx.z) * problem.queries + blockIdx.x;
     int const first_head = blockIdx.y * head_count;
-    if (warp < head_count) {
-        float2 const* const stats = problem.stats + row * splits * problem.heads + first_head + warp;
-        float all = -INFINITY, allowed = -INFINITY;  // largest logits
-#pragma unroll 1
-        for (int s = lane; s < splits; s += 32) {
-            float2 const stat = stats[static_cast<std::int64_t>(s) * problem.heads];
-            all = fmaxf(all, stat.x);
-            if (stat.y > 0.f) allowed = fmaxf(allowed, stat.x);
-        }
-        for (int o = 16; o > 0; o /= 2) {
-            all = fmaxf(all, shuffle_xor(all, o));
-            allowed = fmaxf(allowed, shuffle_xor(allowed, o));
-        }
-        bool const some = allowed > -INFINITY;
-        float const highest = some ? allowed : all;
-        float weights = 0.f;
-#pragma unroll 1
-        for (int s = lane; s < splits; s += 32) {
-            float2 const stat = stats[static_cast<std::int64_t>(s) * problem.heads];
-            float const factor = stat.y > 0.f || !some ? exp2_fast(stat.x - highest) : 0.f;
-            factors[warp * splits + s] = factor;
-            weights += factor * fabsf(stat.y);
-        }
-        for (int o = 16; o > 0; o /= 2) weights += shuffle_xor(weights, o);
-        if (lane == 0) divisors[warp] = weights;
-    }
-    sync_block();
     int const channels = problem.heads * dim;
     int const columns = head_count * dim / 4;
     int const workers = kCombineThreads / columns;  // of a column of four channels
     int const column = threadIdx.x % columns, worker = threadIdx.x / columns;
     int const head = column * 4 / dim;
+    auto const* const from =
+        reinterpret_cast<float4 const*>(problem.partial + row * splits * channels + first_head * dim) + column;
+    float4 ahead[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+        int const s = worker + i * workers;
+        ahead[i] = {0.f, 0.f, 0.f, 0.f};
+        if (worker < workers && s < splits) ahead[i] = load(from + static_cast<std::int64_t>(s) * (channels / 4));
+    }
+    if (warp < head_count) {
+        float2 const* const stats = problem.stats + row * splits * problem.heads + first_head + warp;
+        float highest = kLowest, weights = 0.f;  // of the lane's splits
+#pragma unroll 1
+        for (int s = lane; s < splits; s += 32) {
+            float2 const stat = load(stats + static_cast<std::int64_t>(s) * problem.heads);
+            float const now = fmaxf(highest, stat.x);
+            weights = weights * exp2_fast(highest - now) + stat.y * exp2_fast(stat.x - now);
+            highest = now;
+        }
+        float all = highest;
+#pragma unroll
+        for (int o = 16; o > 0; o /= 2) all = fmaxf(all, shuffle_xor(all, o));
+        weights *= exp2_fast(highest - all);
+#pragma unroll 1
+        for (int s = lane; s < splits; s += 32) {
+            factors[warp * splits + s] = exp2_fast(load(stats + static_cast<std::int64_t>(s) * problem.heads).x - all);
+        }
+#pragma unroll
+        for (int o = 16; o > 0; o /= 2) weights += shuffle_xor(weights, o);
+        if (lane == 0) divisors[warp] = weights;
+    }
+    sync_block();
     float4 sum = {0.f, 0.f, 0.f, 0.f};
+    auto const add = [&](float factor, float4 const& part) {
+        sum.x = fmaf(factor, part.x, sum.x);
+        sum.y = fmaf(factor, part.y, sum.y);
+        sum.z = fmaf(factor, part.z, sum.z);
+        sum.w = fmaf(factor, part.w, sum.w);
+    };
     if (worker < workers) {
-        auto const* const from =
-            reinterpret_cast<float4 const*>(problem.partial + row * splits * channels + first_head * dim) + column;
-#pragma unroll 4
-        for (int s = worker; s < splits; s += workers) {
-            float const factor = factors[head * splits + s];
-            float4 const part = from[static_cast<std::int64_t>(s) * (channels / 4)];
-            // A split that does not count may hold what is not finite.
-            if (factor != 0.f) {
-                sum.x = fmaf(factor, part.x, sum.x);
-                sum.y = fmaf(factor, part.y, sum.y);
-                sum.z = fmaf(factor, part.z, sum.z);
-                sum.w = fmaf(factor, part.w, sum.w);
-            }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            int const s = worker + i * workers;
+            if (s < splits) add(factors[head * splits + s], ahead[i]);
+        }
+#pragma unroll 1
+        for (int s = worker + kAhead * workers; s < splits; s += workers) {
+            add(factors[head * splits + s], load(from + static_cast<std::int64_t>(s) * (channels / 4)));
         }
         sums[threadIdx.x] = sum;
     }
     sync_block();
     if (worker != 0) return;
-    for (int i = 1; i < workers; ++i) {
-        float4 const part = sums[i * columns + column];
-        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-    }
+    for (int i = 1; i < workers; ++i) add(1.f, sums[i * columns + column]);
     float const divided = 1.f / divisors[head];
     auto* const to =
         static_cast<unsigned char*>(problem.out) + 2 * (row * channels + first_head * dim + 4 * column);

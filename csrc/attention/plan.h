@@ -7,7 +7,6 @@
 namespace d2_trt {
 
 struct AttentionPlan {
-    std::int64_t warps = 0;   // of a block of attention_kernel
     std::int64_t groups = 0;  // of queries: blocks for all queries of a head and a part of the keys
     std::int64_t tiles = 0;   // of 32 keys
     std::int64_t tiles_per_split = 0;
@@ -18,14 +17,12 @@ struct AttentionPlan {
 inline std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Splits that fill the GPU as long as there are tiles.
-// warp_queries: queries of a warp. slots: blocks that the GPU runs at once.
+// block_queries: queries of a block of attention_kernel. slots: blocks that the GPU runs at once.
 inline AttentionPlan plan_attention(
-    std::int64_t batch, std::int64_t queries, std::int64_t keys, std::int64_t heads, std::int64_t warp_queries,
-    std::int64_t max_warps, bool may_split, std::int64_t slots) {
+    std::int64_t batch, std::int64_t queries, std::int64_t keys, std::int64_t heads, std::int64_t block_queries,
+    bool may_split, std::int64_t slots) {
     AttentionPlan plan;
-    std::int64_t const units = divide_up(queries, warp_queries);
-    plan.warps = divide_up(units, divide_up(units, max_warps));
-    plan.groups = divide_up(units, plan.warps);
+    plan.groups = divide_up(queries, block_queries);
     plan.tiles = divide_up(keys, 32);
     std::int64_t const wanted = may_split ? std::max<std::int64_t>(1, slots / (batch * heads * plan.groups)) : 1;
     plan.tiles_per_split = divide_up(plan.tiles, std::min(wanted, plan.tiles));

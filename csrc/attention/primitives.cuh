@@ -81,8 +81,9 @@ __device__ __forceinline__ V shuffle_xor(V value, int lanes) {
     return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
 
+// A bit for each lane.
+__device__ __forceinline__ std::uint32_t ballot(bool holds) { return __ballot_sync(0xffffffffu, holds); }
 __device__ __forceinline__ bool any_lane(bool holds) { return __any_sync(0xffffffffu, holds); }
-__device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 
 __device__ __forceinline__ unsigned char* shared_memory() {

@@ -32,15 +32,18 @@ template <typename T, int D, bool kMasked>
 void run(Arguments const& a) {
     using Blocks = Shape<D, kMasked>;
     AttentionPlan const plan = plan_attention(
-        a.batch, a.queries, a.keys, a.heads, Blocks::kBlocks * kBlockRows, Blocks::kMaxWarps, a.may_split != 0,
+        a.batch, a.queries, a.keys, a.heads, Blocks::kWarps * Blocks::kBlocks * kBlockRows, a.may_split != 0,
         a.multiprocessors * Blocks::kResident);
     AttentionProblem p{};
-    p.rows = divide_up(a.queries, kBlockRows) * kBlockRows;
+    p.rows = divide_up(a.queries, kMaskRows) * kMaskRows;
+    p.some_stride = divide_up(divide_up(plan.tiles, kMaskWarps), 16) * 16;
     std::vector<float> partial(a.batch * a.queries * plan.splits * a.heads * D, NAN);
     std::vector<float2> stats(a.batch * a.queries * plan.splits * a.heads, float2{NAN, NAN});
     std::vector<std::uint32_t> allowed(a.batch * plan.tiles * p.rows, 0x5a5a5a5a);
+    std::vector<uint4> some(a.batch * p.rows * p.some_stride / 16, uint4{~0u, ~0u, ~0u, ~0u});
     p.q = a.q, p.k = a.k, p.v = a.v, p.mask_embed = a.mask_embed, p.features = a.features, p.out = a.out;
     p.partial = partial.data(), p.stats = stats.data(), p.allowed = allowed.data();
+    p.some = reinterpret_cast<unsigned char*>(some.data());
     p.queries = a.queries, p.keys = a.keys, p.heads = a.heads, p.mask_dim = a.mask_dim;
     p.q_stride = a.q_stride, p.k_stride = a.k_stride, p.v_stride = a.v_stride;
     p.tiles = plan.tiles, p.tiles_per_split = plan.tiles_per_split, p.splits = plan.splits;
@@ -51,7 +54,7 @@ void run(Arguments const& a) {
     }
     Index const grid{int(plan.splits), int(plan.groups * a.heads), int(a.batch)};
     std::size_t const bytes = kStages * Tile<D>::kBytes;
-    emulation::run(grid, plan.warps * 32, bytes, a.backwards, [&] { attention_kernel<T, D, kMasked>(p); });
+    emulation::run(grid, Blocks::kWarps * 32, bytes, a.backwards, [&] { attention_kernel<T, D, kMasked>(p); });
     if (plan.splits == 1) return;
     Index const rows{int(a.queries), int(a.heads / plan.combine_heads), int(a.batch)};
     std::size_t const combined = kCombineThreads * 16 + plan.combine_heads * (plan.splits + 1) * 4;
@@ -83,7 +86,7 @@ extern "C" void emulate_attention(Arguments const* arguments, int bfloat16) {
 extern "C" void plan_splits(
     std::int64_t batch, std::int64_t queries, std::int64_t keys, std::int64_t heads, std::int64_t multiprocessors,
     std::int64_t* needed, std::int64_t* most) {
-    AttentionPlan const plan = plan_attention(batch, queries, keys, heads, 32, 4, true, 2 * multiprocessors);
+    AttentionPlan const plan = plan_attention(batch, queries, keys, heads, 128, true, 2 * multiprocessors);
     *needed = plan.splits == 1 ? 0 : plan.splits * batch;
     *most = most_splits(batch, keys, heads, 3 * multiprocessors);
 }

@@ -250,19 +250,17 @@ V shuffle_xor(V value, int lanes) {
     return result;
 }
 
-inline bool any_lane(bool holds) {
+inline std::uint32_t ballot(bool holds) {
     emulation::lane().words[0] = holds;
     emulation::meet_warp([](emulation::Lane* lanes) {
-        bool some = false;
-        for (int i = 0; i < 32; ++i) some = some || lanes[i].words[0];
-        for (int i = 0; i < 32; ++i) lanes[i].words[1] = some;
+        std::uint32_t all = 0;
+        for (int i = 0; i < 32; ++i) all |= lanes[i].words[0] << i;
+        for (int i = 0; i < 32; ++i) lanes[i].words[1] = all;
     });
     return emulation::lane().words[1];
 }
+inline bool any_lane(bool holds) { return ballot(holds) != 0; }
 
-inline void sync_warp() {
-    emulation::meet_warp([](emulation::Lane*) {});
-}
 inline void sync_block() { emulation::meet(emulation::block->all, blockDim.x, [] {}); }
 inline unsigned char* shared_memory() {
     // Aligned to 16 bytes.
