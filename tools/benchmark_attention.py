@@ -68,8 +68,8 @@ def masked_inputs(batch: int, queries: int, keys: int, dtype: torch.dtype, share
         return torch.randn(shape, generator=rng, device="cuda")
 
     # Along one direction each query's mask is a run of neighbouring keys, as masks of objects are; the rest is noise.
-    # (share / 2) ** 2 - (position - center) ** 2 is a product of (1, position, position ** 2) and coefficients; positions are
-    # sums of two numbers of the dtype, so that they are exact enough.
+    # (share / 2) ** 2 - (position - center) ** 2 is a product of (1, position, position ** 2) and coefficients; positions
+    # are sums of two numbers of the dtype, so that they are exact enough.
     embed, features = random(batch, queries, MASK_DIM) * 1e-3, random(batch, keys, MASK_DIM) * 1e-3
     position = torch.linspace(0, 1, keys, device="cuda")
     centers = torch.linspace(0, 1, queries, device="cuda")
