@@ -1,5 +1,6 @@
-// GroupNorm in three launches: moments of slices of each group, their union, and the normalised map. Moments are count, mean
-// and sum of squared differences from it, merged as Chan et al. (1979) do: a large mean costs no digits.
+// GroupNorm of small maps in one launch, a block keeping a group in its registers; of others in three: moments of slices of
+// each group, their union, and the normalised map. Moments are count, mean and sum of squared differences from it, merged as
+// Chan et al. (1979) do: a large mean costs no digits.
 #include <algorithm>
 
 #include "normalization/elements.cuh"
@@ -15,6 +16,7 @@ constexpr int kAhead = 4;  // loads that a thread has under way
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr std::int64_t kMostSlices = 1024;
 constexpr std::int64_t kFewSlices = 12;  // of a group, so that 32 groups make a wave
+constexpr int kWholeThreads = 1024;      // that keep a group, kAhead times kWide elements each
 constexpr std::int64_t kOneWave = 396;   // blocks that an H100 runs at once: three on each processor
 constexpr std::int64_t kMostChannelsLast = kWide * kThreads;
 
@@ -34,11 +36,18 @@ struct Arguments {
     float2* stats;     // (batch * groups): mean, 1 / standard deviation
 };
 
+// kHalf: map and result are float16, which the compiler then knows.
+template <bool kHalf>
+__device__ inline Arguments known(Arguments a) {
+    if constexpr (kHalf) a.t.x_type = a.t.out_type = DType::kFloat16;
+    return a;
+}
+
 __device__ inline Moments merged(Moments const& a, Moments const& b) {
     if (a.count == 0.0F) return b;
     if (b.count == 0.0F) return a;
     float const count = a.count + b.count;
-    float const delta = b.mean - a.mean, share = b.count / count;
+    float const delta = b.mean - a.mean, share = __fdividef(b.count, count);
     return {count, fmaf(delta, share, a.mean), a.squares + b.squares + delta * delta * a.count * share};
 }
 
@@ -47,7 +56,7 @@ __device__ inline Moments moments_of(float const (&v)[kWide], int count) {
     float sum = 0.0F, squares = 0.0F;
 #pragma unroll
     for (int i = 0; i < kWide; ++i) sum += i < count ? v[i] - v[0] : 0.0F;
-    float const mean = sum / static_cast<float>(count);
+    float const mean = __fdividef(sum, static_cast<float>(count));
 #pragma unroll
     for (int i = 0; i < kWide; ++i) {
         float const difference = i < count ? v[i] - v[0] - mean : 0.0F;
@@ -67,9 +76,83 @@ __device__ inline Moments merged_over_warp(Moments m) {
     return m;  // in lane 0
 }
 
+// The moments of a block's threads together, in its first thread. parts: one for each warp.
+__device__ inline Moments merged_over_block(Moments m, Moments* parts) {
+    m = merged_over_warp(m);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = m;
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        m = threadIdx.x < blockDim.x / 32 ? parts[threadIdx.x] : Moments{0.0F, 0.0F, 0.0F};
+        m = merged_over_warp(m);
+    }
+    return m;
+}
+
+__device__ inline float2 stats_of(Moments const& m, float epsilon) {
+    return make_float2(m.mean, rsqrtf(m.squares / m.count + epsilon));
+}
+
+__device__ inline float activated(float v, int relu) { return relu && v < 0.0F ? 0.0F : v; }  // NaN stays
+
+// A block takes a whole group of at most kWholeThreads * kAhead vectors of kWide elements.
+template <bool kLast, bool kHalf>
+__global__ void __launch_bounds__(kWholeThreads) whole_group(Arguments const given) {
+    Arguments const a = known<kHalf>(given);
+    __shared__ Moments parts[kWholeThreads / 32];
+    __shared__ float2 shared_stats;
+    int const in_group = a.channels / a.groups, columns = in_group / kWide, pixels = static_cast<int>(a.pixels);
+    int const vectors = in_group * pixels / kWide;
+    int const group = static_cast<int>(blockIdx.x) % a.groups;
+    std::int64_t const image = static_cast<int>(blockIdx.x) / a.groups;
+    std::int64_t const base = image * a.pixels * a.channels + group * in_group * (kLast ? std::int64_t{1} : a.pixels);
+    auto const place = [&](int i) {
+        return base + (kLast ? static_cast<std::int64_t>(i / columns) * a.channels + i % columns * kWide : i * kWide);
+    };
+    Raw raw[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+        int const i = threadIdx.x + k * blockDim.x;
+        if (i < vectors) raw[k] = load_raw(a.t.x, place(i), a.t.x_type);
+    }
+    Moments m{0.0F, 0.0F, 0.0F};
+    float v[kWide];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+        if (threadIdx.x + k * blockDim.x >= vectors) break;
+        to_floats(raw[k], a.t.x_type, v);
+        m = merged(m, moments_of(v, kWide));
+    }
+    m = merged_over_block(m, parts);
+    if (threadIdx.x == 0) shared_stats = stats_of(m, a.epsilon);
+    __syncthreads();
+    float2 const stats = shared_stats;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+        int const i = threadIdx.x + k * blockDim.x;
+        if (i >= vectors) break;
+        // Channels change from element to element, or after `left` elements.
+        int channel = group * in_group + (kLast ? i % columns * kWide : i * kWide / pixels);
+        int left = kLast ? 1 : pixels - i * kWide % pixels;
+        float scale = stats.y * a.t.weight[channel], shift = a.t.bias[channel];
+        to_floats(raw[k], a.t.x_type, v);
+#pragma unroll
+        for (int j = 0; j < kWide; ++j) {
+            v[j] = activated(fmaf(v[j] - stats.x, scale, shift), a.relu);
+            if (--left == 0 && j + 1 < kWide) {
+                ++channel;
+                left = kLast ? 1 : pixels;
+                scale = stats.y * a.t.weight[channel];
+                shift = a.t.bias[channel];
+            }
+        }
+        store_wide(a.t.out, place(i), a.t.out_type, v);
+    }
+}
+
 // A group is contiguous: channels / groups planes. A block takes one of its slices.
-template <bool kVector>
-__global__ void __launch_bounds__(kThreads) moments_planar(Arguments const a) {
+template <bool kVector, bool kHalf>
+__global__ void __launch_bounds__(kThreads) moments_planar(Arguments const given) {
+    Arguments const a = known<kHalf>(given);
     __shared__ Moments parts[kThreads / 32];
     std::int64_t const group = blockIdx.x / a.slices;
     std::int64_t const elements = a.channels / a.groups * a.pixels;
@@ -100,17 +183,14 @@ __global__ void __launch_bounds__(kThreads) moments_planar(Arguments const a) {
             }
         }
     }
-    m = merged_over_warp(m);
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = m;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int i = 1; i < kThreads / 32; ++i) m = merged(m, parts[i]);
-        a.partial[blockIdx.x] = m;
-    }
+    m = merged_over_block(m, parts);
+    if (threadIdx.x == 0) a.partial[blockIdx.x] = m;
 }
 
 // Threads are (rows, channels / kWide): a thread keeps its channels and goes over pixels.
-__global__ void __launch_bounds__(kThreads) moments_channels_last(Arguments const a) {
+template <bool kHalf>
+__global__ void __launch_bounds__(kThreads) moments_channels_last(Arguments const given) {
+    Arguments const a = known<kHalf>(given);
     extern __shared__ Moments moments[];
     int const columns = a.channels / kWide;
     int const rows = blockDim.x / columns;
@@ -155,14 +235,13 @@ __global__ void __launch_bounds__(32) merge_moments(Arguments const a) {
         m = merged(m, a.partial[static_cast<std::int64_t>(blockIdx.x) * a.slices + i]);
     }
     m = merged_over_warp(m);
-    if (threadIdx.x == 0) a.stats[blockIdx.x] = make_float2(m.mean, rsqrtf(m.squares / m.count + a.epsilon));
+    if (threadIdx.x == 0) a.stats[blockIdx.x] = stats_of(m, a.epsilon);
 }
 
-__device__ inline float activated(float v, int relu) { return relu && v < 0.0F ? 0.0F : v; }  // NaN stays
-
 // A block takes part of a plane.
-template <bool kVector>
-__global__ void __launch_bounds__(kThreads) normalize_planar(Arguments const a, int const parts) {
+template <bool kVector, bool kHalf>
+__global__ void __launch_bounds__(kThreads) normalize_planar(Arguments const given, int const parts) {
+    Arguments const a = known<kHalf>(given);
     std::int64_t const plane = blockIdx.x / parts;
     int const channel = static_cast<int>(plane % a.channels);
     float2 const stats = a.stats[plane / a.channels * a.groups + channel / (a.channels / a.groups)];
@@ -199,7 +278,9 @@ __global__ void __launch_bounds__(kThreads) normalize_planar(Arguments const a, 
     }
 }
 
-__global__ void __launch_bounds__(kThreads) normalize_channels_last(Arguments const a) {
+template <bool kHalf>
+__global__ void __launch_bounds__(kThreads) normalize_channels_last(Arguments const given) {
+    Arguments const a = known<kHalf>(given);
     int const columns = a.channels / kWide;
     int const rows = blockDim.x / columns;
     int const channel = threadIdx.x % columns * kWide;
@@ -320,21 +401,30 @@ void group_norm(GroupNormTensors const& t, GroupNormSizes const& sizes, float ep
     // Sixteen bytes at a time where every group, or every plane, starts at a multiple of them.
     bool const vector = sizes.pixels % kWide == 0 && aligned_to_16(t.x, t.out);
     bool const vector_moments = sizes.channels / sizes.groups * sizes.pixels % kWide == 0 && aligned_to_16(t.x);
-    unsigned const grid = static_cast<unsigned>(blocks);
-    if (last) {
-        moments_channels_last<<<grid, plan.threads, plan.threads * sizeof(Moments), stream>>>(a);
-    } else if (vector_moments) {
-        moments_planar<true><<<grid, kThreads, 0, stream>>>(a);
+    bool const half = t.x_type == DType::kFloat16 && t.out_type == DType::kFloat16;
+    std::int64_t const elements = sizes.channels / sizes.groups * sizes.pixels;
+    if (elements <= kWholeThreads * kAhead * kWide && vector_moments && aligned_to_16(t.out)) {
+        int const threads = static_cast<int>(std::min<std::int64_t>(ceil_div(elements / kWide, 32) * 32, kWholeThreads));
+        auto const kernel = last ? (half ? &whole_group<true, true> : &whole_group<true, false>)
+                                 : (half ? &whole_group<false, true> : &whole_group<false, false>);
+        kernel<<<static_cast<unsigned>(groups), threads, 0, stream>>>(a);
+    } else if (last) {
+        unsigned const grid = static_cast<unsigned>(blocks);
+        auto const moments = half ? &moments_channels_last<true> : &moments_channels_last<false>;
+        auto const normalize = half ? &normalize_channels_last<true> : &normalize_channels_last<false>;
+        moments<<<grid, plan.threads, plan.threads * sizeof(Moments), stream>>>(a);
+        merge_moments<<<static_cast<unsigned>(groups), 32, 0, stream>>>(a);
+        normalize<<<grid, plan.threads, 0, stream>>>(a);
     } else {
-        moments_planar<false><<<grid, kThreads, 0, stream>>>(a);
-    }
-    merge_moments<<<static_cast<unsigned>(groups), 32, 0, stream>>>(a);
-    if (last) {
-        normalize_channels_last<<<grid, plan.threads, 0, stream>>>(a);
-    } else if (vector) {
-        normalize_planar<true><<<static_cast<unsigned>(planes), kThreads, 0, stream>>>(a, static_cast<int>(parts));
-    } else {
-        normalize_planar<false><<<static_cast<unsigned>(planes), kThreads, 0, stream>>>(a, static_cast<int>(parts));
+        auto const moments = !vector_moments ? &moments_planar<false, false>
+                             : half          ? &moments_planar<true, true>
+                                             : &moments_planar<true, false>;
+        auto const normalize = !vector ? &normalize_planar<false, false>
+                               : half  ? &normalize_planar<true, true>
+                                       : &normalize_planar<true, false>;
+        moments<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a);
+        merge_moments<<<static_cast<unsigned>(groups), 32, 0, stream>>>(a);
+        normalize<<<static_cast<unsigned>(planes), kThreads, 0, stream>>>(a, static_cast<int>(parts));
     }
     check_cuda(cudaGetLastError(), "group_norm");
 }

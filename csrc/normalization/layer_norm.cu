@@ -1,5 +1,6 @@
 // LayerNorm of rows: rows of up to 1024 channels stay in the registers of (part of) a warp, longer ones take a block each.
 #include <algorithm>
+#include <climits>
 
 #include "normalization/elements.cuh"
 #include "normalization/normalization.h"
@@ -20,6 +21,7 @@ struct Arguments {
     int channels;
     int lanes;  // of a warp, for one row: a power of two
     float epsilon;
+    float share;  // 1 / channels
 };
 
 __device__ inline float sum_over(float value, int lanes) {
@@ -83,8 +85,11 @@ __device__ inline int count_from(int channel, int channels) { return max(0, min(
 
 // Each `lanes` lanes take a row. Values are taken relative to the row's first, so that a large mean costs no digits; the
 // variance is that of the differences from the mean, in a second pass over the registers.
-template <int kChunks, bool kVector>
-__global__ void __launch_bounds__(kThreads) layer_norm_short(Arguments const a) {
+// kHalf: all tensors are float16, which the compiler then knows.
+template <int kChunks, bool kVector, bool kHalf>
+__global__ void __launch_bounds__(kThreads) layer_norm_short(Arguments const given) {
+    Arguments a = given;
+    if constexpr (kHalf) a.t.x_type = a.t.residual_type = a.t.out_type = DType::kFloat16;
     int const rows_at_once = kThreads / a.lanes;
     int const lane = threadIdx.x % a.lanes;
     std::int64_t const warp_row = static_cast<std::int64_t>(threadIdx.x / 32) * (32 / a.lanes);
@@ -115,24 +120,26 @@ __global__ void __launch_bounds__(kThreads) layer_norm_short(Arguments const a) 
         float sum = 0.0F;
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
+            if (count[c] == 0) continue;
 #pragma unroll
             for (int i = 0; i < kWide; ++i) {
-                if (i < count[c]) sum += v[c][i] -= pivot;
+                if (kVector || i < count[c]) sum += v[c][i] -= pivot;
             }
         }
-        float const mean = sum_over(sum, a.lanes) / static_cast<float>(a.channels);
+        float const mean = sum_over(sum, a.lanes) * a.share;
         float squares = 0.0F;
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
+            if (count[c] == 0) continue;
 #pragma unroll
             for (int i = 0; i < kWide; ++i) {
-                if (i < count[c]) {
+                if (kVector || i < count[c]) {
                     v[c][i] -= mean;
                     squares = fmaf(v[c][i], v[c][i], squares);
                 }
             }
         }
-        float const scale = rsqrtf(sum_over(squares, a.lanes) / static_cast<float>(a.channels) + a.epsilon);
+        float const scale = rsqrtf(sum_over(squares, a.lanes) * a.share + a.epsilon);
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
             if (count[c] == 0) continue;
@@ -168,7 +175,7 @@ __global__ void __launch_bounds__(kLongThreads) layer_norm_long(Arguments const 
 #pragma unroll
             for (int i = 0; i < kWide; ++i) sum += i < count ? v[i] - pivot : 0.0F;
         }
-        float const mean = sum_over_block(sum) / static_cast<float>(a.channels);
+        float const mean = sum_over_block(sum) * a.share;
         for (int channel = threadIdx.x * kWide; channel < a.channels; channel += kLongThreads * kWide) {
             int const count = count_from(channel, a.channels);
             load_sum<kVector>(a.t, start + channel, count, v);
@@ -178,7 +185,7 @@ __global__ void __launch_bounds__(kLongThreads) layer_norm_long(Arguments const 
                 squares = fmaf(difference, difference, squares);
             }
         }
-        float const scale = rsqrtf(sum_over_block(squares) / static_cast<float>(a.channels) + a.epsilon);
+        float const scale = rsqrtf(sum_over_block(squares) * a.share + a.epsilon);
         for (int channel = threadIdx.x * kWide; channel < a.channels; channel += kLongThreads * kWide) {
             int const count = count_from(channel, a.channels);
             load_sum<kVector>(a.t, start + channel, count, v);
@@ -193,20 +200,28 @@ unsigned grid_for(std::int64_t blocks) {
     return static_cast<unsigned>(std::min<std::int64_t>(blocks, std::int64_t{1} << 24));  // the kernels loop over the rest
 }
 
-template <bool kVector>
+template <bool kVector, bool kHalf>
 void launch(Arguments& a, cudaStream_t stream) {
     if (a.channels > kLongestInRegisters) {
         layer_norm_long<kVector><<<grid_for(a.rows), kLongThreads, 0, stream>>>(a);
         return;
     }
-    a.lanes = 4;
-    while (a.lanes < 32 && a.lanes * kWide < a.channels) a.lanes *= 2;
+    // As few lanes without work as possible, and then as few chunks a lane: 96 channels are 4 lanes with 3 chunks of 8.
+    int const wanted = (a.channels + kWide - 1) / kWide;
+    int chunks = 4, most = INT_MAX;
+    for (int c = 1; c <= 4; ++c) {
+        int lanes = 4;
+        while (lanes < 32 && lanes * c < wanted) lanes *= 2;
+        if (lanes * c >= wanted && lanes * c < most) {
+            chunks = c, a.lanes = lanes, most = lanes * c;
+        }
+    }
     int const rows_at_once = kThreads / a.lanes;
     unsigned const grid = grid_for((a.rows + rows_at_once - 1) / rows_at_once);
-    int const chunks = (a.channels + a.lanes * kWide - 1) / (a.lanes * kWide);
-    auto const kernel = chunks <= 1   ? &layer_norm_short<1, kVector>
-                        : chunks <= 2 ? &layer_norm_short<2, kVector>
-                                      : &layer_norm_short<4, kVector>;
+    auto const kernel = chunks == 1   ? &layer_norm_short<1, kVector, kHalf>
+                        : chunks == 2 ? &layer_norm_short<2, kVector, kHalf>
+                        : chunks == 3 ? &layer_norm_short<3, kVector, kHalf>
+                                      : &layer_norm_short<4, kVector, kHalf>;
     kernel<<<grid, kThreads, 0, stream>>>(a);
 }
 
@@ -227,11 +242,15 @@ void layer_norm(LayerNormTensors const& t, std::int64_t rows, std::int64_t chann
     require(
         reinterpret_cast<std::uintptr_t>(t.residual) % size_of(t.residual_type) == 0,
         "layer_norm: residual is not aligned to ", size_of(t.residual_type), " bytes");
-    Arguments a{t, rows, static_cast<int>(channels), 32, epsilon};
-    if (channels % kWide == 0 && aligned_to_16(t.x, t.residual, t.weight, t.bias, t.out)) {
-        launch<true>(a, stream);
+    Arguments a{t, rows, static_cast<int>(channels), 32, epsilon, 1.0F / static_cast<float>(channels)};
+    bool const half = t.x_type == DType::kFloat16 && t.out_type == DType::kFloat16 &&
+                      (t.residual == nullptr || t.residual_type == DType::kFloat16);
+    if (channels % kWide != 0 || !aligned_to_16(t.x, t.residual, t.weight, t.bias, t.out)) {
+        launch<false, false>(a, stream);
+    } else if (half) {
+        launch<true, true>(a, stream);
     } else {
-        launch<false>(a, stream);
+        launch<true, false>(a, stream);
     }
     check_cuda(cudaGetLastError(), "layer_norm");
 }
