@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -113,10 +114,28 @@ def main() -> None:
                     # Logits and values, and the mask's product with both halves of its embedding.
                     work = 2 * batch * args.queries * keys * (2 * CHANNELS + 2 * MASK_DIM)
                     _row("masked", batch, keys, share, given, work, args)
+            _mask_features(batch, dtype, args)
             x = torch.randn(batch, args.queries, 3 * CHANNELS, device="cuda").to(dtype)
             q, k, v = x.split(CHANNELS, 2)
             work = 4 * batch * args.queries**2 * CHANNELS
             _row("self", batch, args.queries, 1.0, {"q": q, "k": k, "v": v, "num_heads": HEADS}, work, args)
+
+
+def _mask_features(batch: int, dtype: torch.dtype, args) -> None:
+    """The last layer's masks, and the mask features of three levels, for an image of 800x1088."""
+    height, width = 200, 272
+    embed = torch.randn(batch, args.queries, MASK_DIM, device="cuda")
+    features = torch.randn(batch, height, width, MASK_DIM, device="cuda").to(dtype)
+    sizes = [(height // n, width // n) for n in (8, 4, 2)]
+    nchw = features.permute(0, 3, 1, 2).contiguous()
+    product = time_us(lambda: attention_cuda.mask_product(embed, features.flatten(1, 2)), 20, 15)
+    theirs = time_us(lambda: embed.to(dtype) @ nchw.flatten(2), 5, 10)
+    resize = time_us(lambda: attention_cuda.resize_mask_features(features, sizes), 20, 15)
+    theirs_resized = time_us(
+        lambda: [F.interpolate(nchw, s, mode="bilinear", align_corners=False) for s in sizes], 5, 10
+    )
+    print(f"   masks {batch:>5} {height * width:>6} {'':>6} {product:>8.2f} {theirs:>8.2f}")
+    print(f"  resize {batch:>5} {'':>6} {'':>6} {resize:>8.2f} {theirs_resized:>8.2f}", flush=True)
 
 
 def _row(what: str, batch: int, keys: int, share: float, given: dict, work: float, args) -> None:

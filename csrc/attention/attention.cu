@@ -1,49 +1,22 @@
 #include "attention/attention.h"
 
-#include <array>
-#include <atomic>
 #include <cmath>
-#include <mutex>
 
 #include "attention/kernels.cuh"
+#include "attention/launch.cuh"
+#include "attention/mask.cuh"
 #include "attention/plan.h"
-#include "common/check.h"
 
 namespace d2_trt {
 namespace {
 
-constexpr int kMaxDevices = 64;
 constexpr std::int64_t kMaxRows = std::int64_t{1} << 24;  // queries or keys of an image
 // As few keys without a mask, such as those of self-attention, take less time in one pass than in a second kernel.
 constexpr std::int64_t kFewKeys = 1024;
 constexpr int kMostResident = 3;
 
-struct Device {
-    int index = 0, multiprocessors = 0, shared_bytes = 0, major = 0;
-};
-
-// Facts of the current device, asked for once.
-Device const& device() {
-    static std::array<Device, kMaxDevices> known;
-    static std::array<std::once_flag, kMaxDevices> asked;
-    int index = 0;
-    check_cuda(cudaGetDevice(&index), "attention: no device");
-    require(index < kMaxDevices, "attention: device ", index, "; expected one below ", kMaxDevices);
-    std::call_once(asked[index], [&] {
-        auto const ask = [&](cudaDeviceAttr what) {
-            int value = 0;
-            check_cuda(cudaDeviceGetAttribute(&value, what, index), "attention: no such device attribute");
-            return value;
-        };
-        known[index] = {
-            index, ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-            ask(cudaDevAttrComputeCapabilityMajor)};
-    });
-    return known[index];
-}
-
 void check_sizes(AttentionSizes const& sizes, Device const& on) {
-    require(on.major >= 8, "attention: needs a GPU of compute capability 8.0 or higher; this is ", on.major, ".x");
+    check_device(on);
     require(sizes.batch >= 0 && sizes.batch <= 65535, "attention: batch is ", sizes.batch, "; expected 0 to 65535");
     require(
         sizes.queries >= 0 && sizes.queries <= kMaxRows, "attention: ", sizes.queries, " queries; expected 0 to ", kMaxRows);
@@ -64,39 +37,25 @@ void check_stride(std::int64_t stride, AttentionSizes const& sizes, char const* 
         stride, " elements apart; expected a multiple of 8 that is at least ", sizes.heads * sizes.dim);
 }
 
-// Opens the shared memory that the kernel needs, once a device.
-template <typename Kernel>
-void open_shared(Kernel* kernel, int bytes, Device const& on, std::atomic<int> (&opened)[kMaxDevices]) {
-    require(
-        bytes <= on.shared_bytes, "attention: needs ", bytes, " bytes of shared memory; a block of this GPU may have ",
-        on.shared_bytes);
-    if (opened[on.index].load(std::memory_order_acquire) >= bytes) return;
-    check_cuda(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "attention: shared memory is refused");
-    opened[on.index].store(bytes, std::memory_order_release);
-}
-
 std::int64_t some_stride(std::int64_t keys) { return divide_up(divide_up(keys, kTileKeys * kMaskWarps), 16) * 16; }
 
-unsigned count(std::int64_t n) { return static_cast<unsigned>(n); }
-
 template <typename T, int kBlocks>
-void launch_mask(AttentionProblem const& problem, std::int64_t batch, Device const& on, cudaStream_t stream) {
+void launch_mask(MaskProblem const& problem, std::int64_t batch, Device const& on, cudaStream_t stream) {
     static std::atomic<int> opened[kMaxDevices];
-    int const bytes = mask_shared_bytes(kBlocks, problem.mask_dim);
-    open_shared(mask_kernel<T, kBlocks>, bytes, on, opened);
-    dim3 const grid(
-        count(divide_up(problem.tiles, kMaskWarps)), count(divide_up(problem.rows, kBlocks * kBlockRows)), count(batch));
-    mask_kernel<T, kBlocks><<<grid, kMaskWarps * 32, bytes, stream>>>(problem);
+    int const bytes = mask_shared_bytes(kBlocks, problem.channels);
+    open_shared(mask_kernel<T, kBlocks, true>, bytes, on, opened);
+    std::int64_t const rows = divide_up(problem.rows, kBlocks * kBlockRows);
+    std::int64_t const blocks = mask_grid(problem.tiles, kMaskWarps, rows * batch, on.multiprocessors);
+    mask_kernel<T, kBlocks, true>
+        <<<dim3(count(blocks), count(rows), count(batch)), kMaskWarps * 32, bytes, stream>>>(problem);
     check_cuda(cudaGetLastError(), "attention: the mask");
 }
 
 template <typename T>
-void find_allowed(AttentionProblem const& problem, std::int64_t batch, Device const& on, cudaStream_t stream) {
+void find_allowed(MaskProblem const& problem, std::int64_t batch, Device const& on, cudaStream_t stream) {
     bool const four =
         mask_blocks(batch, problem.queries, problem.keys, kMaskWarps, on.multiprocessors) == 4 &&
-        mask_shared_bytes(4, problem.mask_dim) <= on.shared_bytes;
+        mask_shared_bytes(4, problem.channels) <= on.shared_bytes;
     four ? launch_mask<T, 4>(problem, batch, on, stream) : launch_mask<T, 2>(problem, batch, on, stream);
 }
 
@@ -116,7 +75,8 @@ void combine(
 
 template <typename T, int D, bool kMasked>
 void launch(
-    AttentionProblem problem, AttentionTensors const& tensors, std::int64_t batch, Device const& on, cudaStream_t stream) {
+    AttentionProblem problem, AttentionTensors const& tensors, std::int64_t batch, std::int32_t mask_dim, Device const& on,
+    cudaStream_t stream) {
     using Blocks = Shape<D, kMasked>;
     AttentionPlan const plan = plan_attention(
         batch, problem.queries, problem.keys, problem.heads, Blocks::kWarps * Blocks::kBlocks * kBlockRows,
@@ -132,12 +92,22 @@ void launch(
         require_aligned(reinterpret_cast<std::uintptr_t>(workspace), 16, "attention: workspace");
     }
     if (kMasked) {
-        problem.allowed = reinterpret_cast<std::uint32_t*>(workspace);
+        MaskProblem mask{};
+        mask.embed = tensors.mask_embed;
+        mask.features = tensors.features;
+        mask.allowed = reinterpret_cast<std::uint32_t*>(workspace);
         workspace += batch * plan.tiles * problem.rows * static_cast<std::int64_t>(sizeof(std::uint32_t));
-        problem.some = workspace;
-        problem.some_stride = static_cast<std::int32_t>(some_stride(problem.keys));
+        mask.some = workspace;
         workspace += batch * problem.rows * problem.some_stride;
-        find_allowed<T>(problem, batch, on, stream);
+        mask.queries = problem.queries;
+        mask.rows = problem.rows;
+        mask.keys = problem.keys;
+        mask.channels = mask_dim;
+        mask.tiles = problem.tiles;
+        mask.some_stride = problem.some_stride;
+        find_allowed<T>(mask, batch, on, stream);
+        problem.allowed = mask.allowed;
+        problem.some = mask.some;
     }
     problem.partial = reinterpret_cast<float*>(workspace);
     problem.stats = reinterpret_cast<float2*>(problem.partial + batch * problem.queries * plan.splits * problem.heads * D);
@@ -152,22 +122,25 @@ void launch(
 
 template <typename T, int D>
 void launch_masked(
-    AttentionProblem const& problem, AttentionTensors const& tensors, std::int64_t batch, Device const& on,
-    cudaStream_t stream) {
-    auto* const chosen = problem.mask_dim > 0 ? &launch<T, D, true> : &launch<T, D, false>;
-    chosen(problem, tensors, batch, on, stream);
+    AttentionProblem const& problem, AttentionTensors const& tensors, std::int64_t batch, std::int32_t mask_dim,
+    Device const& on, cudaStream_t stream) {
+    auto* const chosen = mask_dim > 0 ? &launch<T, D, true> : &launch<T, D, false>;
+    chosen(problem, tensors, batch, mask_dim, on, stream);
 }
 
 template <typename T>
 void launch_dim(
-    std::int64_t dim, AttentionProblem const& problem, AttentionTensors const& tensors, std::int64_t batch, Device const& on,
+    AttentionSizes const& sizes, AttentionProblem const& problem, AttentionTensors const& tensors, Device const& on,
     cudaStream_t stream) {
-    switch (dim) {
-        case 8: return launch_masked<T, 8>(problem, tensors, batch, on, stream);
-        case 16: return launch_masked<T, 16>(problem, tensors, batch, on, stream);
-        case 32: return launch_masked<T, 32>(problem, tensors, batch, on, stream);
-        default: return launch_masked<T, 64>(problem, tensors, batch, on, stream);
-    }
+    auto const pick = [&] {
+        switch (sizes.dim) {
+            case 8: return &launch_masked<T, 8>;
+            case 16: return &launch_masked<T, 16>;
+            case 32: return &launch_masked<T, 32>;
+            default: return &launch_masked<T, 64>;
+        }
+    };
+    pick()(problem, tensors, sizes.batch, static_cast<std::int32_t>(sizes.mask_dim), on, stream);
 }
 
 std::int64_t rows_of(AttentionSizes const& sizes) { return divide_up(sizes.queries, kMaskRows) * kMaskRows; }
@@ -212,20 +185,18 @@ void attention(AttentionTensors const& tensors, AttentionSizes const& sizes, cud
     problem.q = tensors.q;
     problem.k = tensors.k;
     problem.v = tensors.v;
-    problem.mask_embed = tensors.mask_embed;
-    problem.features = tensors.features;
     problem.out = tensors.out;
     problem.queries = static_cast<std::int32_t>(sizes.queries);
     problem.rows = static_cast<std::int32_t>(rows_of(sizes));
     problem.keys = static_cast<std::int32_t>(sizes.keys);
     problem.heads = static_cast<std::int32_t>(sizes.heads);
-    problem.mask_dim = static_cast<std::int32_t>(sizes.mask_dim);
+    problem.some_stride = static_cast<std::int32_t>(some_stride(sizes.keys));
     problem.q_stride = sizes.q_stride;
     problem.k_stride = sizes.k_stride;
     problem.v_stride = sizes.v_stride;
     problem.scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(sizes.dim)));
     auto* const run = tensors.type == DType::kFloat16 ? &launch_dim<Half> : &launch_dim<BFloat16>;
-    run(sizes.dim, problem, tensors, sizes.batch, on, stream);
+    run(sizes, problem, tensors, on, stream);
 }
 
 }  // namespace d2_trt

@@ -1,8 +1,12 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <string>
+#include <vector>
 
 #include "attention/attention.h"
+#include "attention/mask_features.h"
 #include "common/check.h"
 
 namespace py = pybind11;
@@ -51,6 +55,26 @@ void forward(
     attention(tensors, sizes, reinterpret_cast<cudaStream_t>(stream));
 }
 
+void product(
+    std::uintptr_t embed, std::uintptr_t features, std::uintptr_t logits, std::string const& dtype, std::int64_t batch,
+    std::int64_t queries, std::int64_t pixels, std::int64_t channels, std::uintptr_t stream) {
+    mask_product(
+        reinterpret_cast<float const*>(embed), reinterpret_cast<void const*>(features), reinterpret_cast<float*>(logits),
+        dtype_from_name(dtype, "mask_product: features"), batch, queries, pixels, channels,
+        reinterpret_cast<cudaStream_t>(stream));
+}
+
+void resize(
+    std::uintptr_t features, std::vector<std::uintptr_t> const& levels,
+    std::vector<std::array<std::int64_t, 2>> const& sizes, std::string const& dtype, std::int64_t batch, std::int64_t height,
+    std::int64_t width, std::int64_t channels, std::uintptr_t stream) {
+    std::vector<void*> addresses;
+    for (std::uintptr_t level : levels) addresses.push_back(reinterpret_cast<void*>(level));
+    resize_mask_features(
+        reinterpret_cast<void const*>(features), addresses, sizes, dtype_from_name(dtype, "resize_mask_features: features"),
+        batch, height, width, channels, reinterpret_cast<cudaStream_t>(stream));
+}
+
 }  // namespace
 
 void bind_attention(py::module_& module) {
@@ -64,6 +88,16 @@ void bind_attention(py::module_& module) {
         py::arg("queries"), py::arg("keys"), py::arg("heads"), py::arg("dim"), py::arg("mask_dim") = 0, py::arg("q_stride"),
         py::arg("k_stride"), py::arg("v_stride"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
         "Attention with masked attention's mask or none, see attention.h. Tensors are addresses on the stream's device.");
+    module.def(
+        "mask_product", &product, py::arg("embed"), py::arg("features"), py::arg("logits"), py::kw_only(), py::arg("dtype"),
+        py::arg("batch"), py::arg("queries"), py::arg("pixels"), py::arg("channels"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Mask logits, see mask_features.h. Tensors are addresses on the stream's device.");
+    module.def(
+        "resize_mask_features", &resize, py::arg("features"), py::arg("levels"), py::arg("sizes"), py::kw_only(),
+        py::arg("dtype"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("channels"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Mask features of several levels, see mask_features.h. Tensors are addresses on the stream's device.");
 }
 
 }  // namespace d2_trt

@@ -1,22 +1,16 @@
 // The attention kernels, in terms of primitives.cuh alone: tests/native runs them on a CPU over emulated primitives.
 //
-// mask_kernel finds the keys that each query may attend to, 32 in a word. attention_kernel gives a block one head, up to
-// 128 queries and a part of the keys, which it takes 32 at a time; a warp has 16 or 32 queries. combine_kernel adds up the
-// parts. A sum over channels may take them in any order: lanes take neighbouring channels, 16 bytes an access, where the
-// instruction's own order would need a transposition. Loops are rolled: a tile's code must stay in the instruction cache.
+// mask_kernel (mask.cuh) finds the keys that each query may attend to, 32 in a word. attention_kernel gives a block one
+// head, up to 128 queries and a part of the keys, which it takes 32 at a time; a warp has 16 or 32 queries. combine_kernel
+// adds up the parts. A sum over channels may take them in any order: lanes take neighbouring channels, 16 bytes an access,
+// where the instruction's own order would need a transposition. Loops are rolled: a tile's code must stay in the
+// instruction cache.
 #pragma once
 
-#ifndef D2_TRT_EMULATED
-#include "attention/primitives.cuh"
-#endif
+#include "attention/fragments.cuh"
 
 namespace d2_trt {
 
-constexpr int kTileKeys = 32;
-constexpr int kBlockRows = 16;
-constexpr int kMaskWarps = 4;
-constexpr int kMaskStages = 4;  // pieces of 32 channels of features that are on their way or in use
-constexpr int kMaskRows = 64;   // the rows of the mask are a multiple of it
 constexpr int kStages = 4;  // tiles of keys and values that are on their way or in use
 constexpr int kCombineThreads = 512;
 constexpr float kLowest = -3.0e38f;  // below every logit, for powers of 2
@@ -25,15 +19,13 @@ struct AttentionProblem {
     void const* q;
     void const* k;
     void const* v;
-    float const* mask_embed;
-    void const* features;
     void* out;
-    std::uint32_t* allowed;  // (B, tiles, rows): a bit for each key of a tile that the query may attend to
-    unsigned char* some;     // (B, rows, some_stride): for each kMaskWarps tiles, whether there is such a key
-    float* partial;          // (B, Q, splits, heads * D): sums of the splits, not divided by their weights
-    float2* stats;           // (B, Q, splits, heads): largest logit and sum of weights of a split
-    std::int32_t queries, rows, keys, heads, mask_dim;  // rows: queries rounded up to a multiple of kMaskRows
-    std::int32_t some_stride;                           // a multiple of 16
+    std::uint32_t const* allowed;  // (B, tiles, rows): a bit for each key of a tile that the query may attend to
+    unsigned char const* some;     // (B, rows, some_stride): of tiles together, whether there is such a key
+    float* partial;                // (B, Q, splits, heads * D): sums of the splits, not divided by their weights
+    float2* stats;                 // (B, Q, splits, heads): largest logit and sum of weights of a split
+    std::int32_t queries, rows, keys, heads;
+    std::int32_t some_stride;  // a multiple of 16
     std::int64_t q_stride, k_stride, v_stride;
     std::int32_t tiles, tiles_per_split, splits;
     float scale;  // of the logits, for powers of 2: log2(e) / sqrt(D)
@@ -55,182 +47,6 @@ struct Shape {
     static constexpr int kWarps = kMasked ? 4 : 8;
     static constexpr int kResident = D == 64 ? (kMasked ? 2 : 1) : (kMasked ? 3 : 2);
 };
-
-// Shared memory of mask_kernel: the mask embeddings of `blocks` of 16 queries, and pieces of the warps' features.
-constexpr int kPieceBytes = kTileKeys * 64;
-__host__ __device__ inline int mask_shared_bytes(int blocks, int mask_dim) {
-    return blocks * mask_dim * 64 + kMaskWarps * (kMaskStages * kPieceBytes + blocks * kBlockRows);
-}
-
-// Words from shared memory.
-template <int kWords>
-__device__ __forceinline__ void read_words(std::uint32_t (&words)[kWords], void const* from) {
-    if constexpr (kWords == 1) {
-        words[0] = *static_cast<std::uint32_t const*>(from);
-    } else if constexpr (kWords == 2) {
-        uint2 const w = *static_cast<uint2 const*>(from);
-        words[0] = w.x, words[1] = w.y;
-    } else {
-#pragma unroll
-        for (int i = 0; i < kWords; i += 4) {
-            uint4 const w = static_cast<uint4 const*>(from)[i / 4];
-            words[i] = w.x, words[i + 1] = w.y, words[i + 2] = w.z, words[i + 3] = w.w;
-        }
-    }
-}
-
-// Words from global memory, or zeros.
-template <int kWords>
-__device__ __forceinline__ void load_words(std::uint32_t (&words)[kWords], void const* from, bool valid) {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = 0;
-    if (!valid) return;
-    if constexpr (kWords == 1) {
-        words[0] = load(static_cast<std::uint32_t const*>(from));
-    } else if constexpr (kWords == 2) {
-        uint2 const w = load(static_cast<uint2 const*>(from));
-        words[0] = w.x, words[1] = w.y;
-    } else {
-#pragma unroll
-        for (int i = 0; i < kWords; i += 4) {
-            uint4 const w = load(static_cast<uint4 const*>(from) + i / 4);
-            words[i] = w.x, words[i + 1] = w.y, words[i + 2] = w.z, words[i + 3] = w.w;
-        }
-    }
-}
-
-// Eight channels of a mask embedding as high + low, numbers of T, the rest being below what features resolve.
-template <typename T>
-__device__ __forceinline__ void high_and_low(
-    float4 const& first, float4 const& second, std::uint32_t (&high)[4], std::uint32_t (&low)[4]) {
-    float const values[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        high[i] = pack<T>(values[2 * i], values[2 * i + 1]);
-        float2 const rounded = unpack<T>(high[i]);
-        low[i] = pack<T>(values[2 * i] - rounded.x, values[2 * i + 1] - rounded.y);
-    }
-}
-
-// Which keys queries may attend to. A block has kBlocks times 16 queries, a warp of it a tile of keys.
-template <typename T, int kBlocks>
-__global__ void __launch_bounds__(kMaskWarps * 32) mask_kernel(__grid_constant__ AttentionProblem const problem) {
-    int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int const g = lane / 4, t = lane % 4;
-    int const channels = problem.mask_dim, pieces = channels / 32;
-    int const first_row = static_cast<int>(blockIdx.y) * kBlocks * kBlockRows;
-    std::int64_t const image = blockIdx.z;
-    // (kBlocks, pieces, rows g or g + 8, high or low, lane): four words each, of the channels 8 t and on
-    auto* const fragments = reinterpret_cast<uint4*>(shared_memory());
-    unsigned char* const ring = shared_memory() + kBlocks * channels * 64 + warp * kMaskStages * kPieceBytes;
-    unsigned char* const found = shared_memory() + kBlocks * channels * 64 + kMaskWarps * kMaskStages * kPieceBytes;
-
-    // A lane copies channels 8 t and on of keys g, g + 8, ...: what it alone reads, so that its own wait is enough.
-    int const tile = static_cast<int>(blockIdx.x) * kMaskWarps + warp;
-    int const left = problem.keys - tile * kTileKeys;  // none or less where there is no such tile
-    auto const* const features = static_cast<unsigned char const*>(problem.features) + 16 * t;
-    std::int64_t const key = image * problem.keys + static_cast<std::int64_t>(tile) * kTileKeys + g;
-    auto const copy_piece = [&](int piece) {
-        if (piece < pieces) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                bool const past = 8 * j + g >= left;
-                copy_async(
-                    ring + piece % kMaskStages * kPieceBytes + (8 * j + g) * 64 + 16 * t,
-                    features + (past ? 0 : 2 * (key + 8 * j) * channels + 64 * piece), past);
-            }
-        }
-        end_copies();
-    };
-#pragma unroll
-    for (int i = 0; i < kMaskStages - 1; ++i) copy_piece(i);
-
-    float const* const embed = problem.mask_embed + image * problem.queries * channels;
-#pragma unroll 4
-    for (int item = warp; item < kBlocks * pieces; item += kMaskWarps) {
-        int const row = first_row + item / pieces * kBlockRows + g;
-        int const channel = item % pieces * 32 + 8 * t;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float4 values[2] = {};
-            if (row + 8 * h < problem.queries) {
-                auto const* const from =
-                    reinterpret_cast<float4 const*>(embed + static_cast<std::int64_t>(row + 8 * h) * channels + channel);
-                values[0] = load(from);
-                values[1] = load(from + 1);
-            }
-            std::uint32_t high[4], low[4];
-            high_and_low<T>(values[0], values[1], high, low);
-            fragments[(item * 4 + 2 * h) * 32 + lane] = {high[0], high[1], high[2], high[3]};
-            fragments[(item * 4 + 2 * h + 1) * 32 + lane] = {low[0], low[1], low[2], low[3]};
-        }
-    }
-    sync_block();
-
-    float logits[kBlocks][4][4] = {};
-#pragma unroll 1
-    for (int piece = 0; piece < pieces; ++piece) {
-        wait_copies<kMaskStages - 2>();
-        std::uint32_t f[4][4];  // of key 8 j + g, channels 8 t and on
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            read_words(f[j], ring + piece % kMaskStages * kPieceBytes + (8 * j + g) * 64 + 16 * t);
-        }
-        copy_piece(piece + kMaskStages - 1);
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-            std::uint32_t e[2][2][4];  // rows g and g + 8, high and low
-#pragma unroll
-            for (int i = 0; i < 4; ++i) read_words(e[i / 2][i % 2], fragments + ((b * pieces + piece) * 4 + i) * 32 + lane);
-#pragma unroll
-            for (int part = 0; part < 2; ++part) {
-#pragma unroll
-                for (int s = 0; s < 4; s += 2) {
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        multiply<T>(
-                            logits[b][j], e[0][part][s], e[1][part][s], e[0][part][s + 1], e[1][part][s + 1], f[j][s],
-                            f[j][s + 1]);
-                    }
-                }
-            }
-        }
-    }
-    std::uint32_t const valid = left >= kTileKeys ? 0xffffffffu : left > 0 ? (1u << left) - 1u : 0u;
-    std::uint32_t* const allowed = problem.allowed + (image * problem.tiles + tile) * problem.rows + first_row;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            std::uint32_t blocked = 0;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                blocked |= (logits[b][j][2 * h] < 0.f ? 1u : 0u) << (8 * j);
-                blocked |= (logits[b][j][2 * h + 1] < 0.f ? 2u : 0u) << (8 * j);
-            }
-            blocked <<= 2 * t;
-            blocked |= shuffle_xor(blocked, 1);
-            blocked |= shuffle_xor(blocked, 2);
-            int const row = b * kBlockRows + 8 * h + g;
-            std::uint32_t const word = first_row + row < problem.queries ? ~blocked & valid : 0u;
-            if (t == 0) {
-                if (left > 0) allowed[row] = word;
-                found[warp * kBlocks * kBlockRows + row] = word != 0;
-            }
-        }
-    }
-    sync_block();
-    int const row = threadIdx.x;
-    if (row >= kBlocks * kBlockRows) return;
-    unsigned char any = 0;
-#pragma unroll
-    for (int i = 0; i < kMaskWarps; ++i) any |= found[i * kBlocks * kBlockRows + row];
-    int const group = blockIdx.x;
-    unsigned char* const some = problem.some + (image * problem.rows + first_row + row) * problem.some_stride;
-    some[group] = any;
-    if ((group + 1) * kMaskWarps < problem.tiles) return;
-    for (int i = group + 1; i < problem.some_stride; ++i) some[i] = 0;
-}
 
 template <typename T, int D, bool kMasked>
 __global__ void __launch_bounds__(Shape<D, kMasked>::kWarps * 32, Shape<D, kMasked>::kResident)

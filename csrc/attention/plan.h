@@ -44,4 +44,10 @@ inline std::int64_t mask_blocks(
     return blocks <= multiprocessors ? 2 : 4;
 }
 
+// Blocks of mask_kernel side by side, each of `warps` tiles at a time, of as many as the GPU runs at once (two on each
+// multiprocessor). others: blocks for other queries and images.
+inline std::int64_t mask_grid(std::int64_t tiles, std::int64_t warps, std::int64_t others, std::int64_t multiprocessors) {
+    return std::min(divide_up(tiles, warps), std::max<std::int64_t>(1, 2 * multiprocessors / others));
+}
+
 }  // namespace d2_trt

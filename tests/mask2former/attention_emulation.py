@@ -108,3 +108,30 @@ def attention(
     _library().emulate_attention(ctypes.byref(arguments), int(q.dtype == torch.bfloat16))
     assert out[-8:].isnan().all(), "the kernel wrote past the end"
     return out[:-8].view(batch, queries, channels)
+
+
+def mask_product(mask_embed, features, *, multiprocessors=6):
+    """attention_cuda.mask_product for tensors on the CPU."""
+    batch, queries, channels = mask_embed.shape
+    pixels = features.shape[1]
+    embed, features = _guarded(mask_embed), _guarded(features)
+    out = torch.full((batch * queries * pixels + 8,), float("nan"))
+    sizes = map(ctypes.c_int64, (batch, queries, pixels, channels, multiprocessors))
+    addresses = map(ctypes.c_void_p, (embed.data_ptr(), features.data_ptr(), out.data_ptr()))
+    _library().emulate_mask_product(*addresses, *sizes, int(features.dtype == torch.bfloat16))
+    assert out[-8:].isnan().all(), "the kernel wrote past the end"
+    return out[:-8].view(batch, queries, pixels)
+
+
+def resize_mask_features(features, sizes):
+    """attention_cuda.resize_mask_features for tensors on the CPU."""
+    batch, height, width, channels = features.shape
+    features = _guarded(features)
+    outs = [torch.full((batch, h * w, channels), float("nan"), dtype=features.dtype) for h, w in sizes]
+    levels = (ctypes.c_void_p * len(sizes))(*(out.data_ptr() for out in outs))
+    flat = (ctypes.c_int64 * (2 * len(sizes)))(*(side for size in sizes for side in size))
+    numbers = map(ctypes.c_int64, (len(sizes), batch, height, width, channels))
+    _library().emulate_resize(
+        ctypes.c_void_p(features.data_ptr()), levels, flat, *numbers, int(features.dtype == torch.bfloat16)
+    )
+    return outs

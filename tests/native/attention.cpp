@@ -6,7 +6,9 @@
 #include "emulation.h"
 
 #include "attention/kernels.cuh"
+#include "attention/mask.cuh"
 #include "attention/plan.h"
+#include "attention/resize.cuh"
 
 namespace {
 
@@ -21,11 +23,12 @@ struct Arguments {
     std::int64_t multiprocessors, may_split, backwards;
 };
 
-template <typename T, int kBlocks>
-void run_mask(AttentionProblem const& p, Arguments const& a) {
-    Index const grid{int(divide_up(p.tiles, kMaskWarps)), int(divide_up(p.rows, kBlocks * kBlockRows)), int(a.batch)};
-    std::size_t const bytes = mask_shared_bytes(kBlocks, p.mask_dim);
-    emulation::run(grid, kMaskWarps * 32, bytes, a.backwards, [&] { mask_kernel<T, kBlocks>(p); });
+template <typename T, int kBlocks, bool kBits>
+void run_mask(MaskProblem const& p, std::int64_t batch, std::int64_t multiprocessors, bool backwards) {
+    std::int64_t const rows = divide_up(kBits ? p.rows : p.queries, kBlocks * kBlockRows);
+    Index const grid{int(mask_grid(p.tiles, kMaskWarps, rows * batch, multiprocessors)), int(rows), int(batch)};
+    std::size_t const bytes = mask_shared_bytes(kBlocks, p.channels);
+    emulation::run(grid, kMaskWarps * 32, bytes, backwards, [&] { mask_kernel<T, kBlocks, kBits>(p); });
 }
 
 template <typename T, int D, bool kMasked>
@@ -41,16 +44,23 @@ void run(Arguments const& a) {
     std::vector<float2> stats(a.batch * a.queries * plan.splits * a.heads, float2{NAN, NAN});
     std::vector<std::uint32_t> allowed(a.batch * plan.tiles * p.rows, 0x5a5a5a5a);
     std::vector<uint4> some(a.batch * p.rows * p.some_stride / 16, uint4{~0u, ~0u, ~0u, ~0u});
-    p.q = a.q, p.k = a.k, p.v = a.v, p.mask_embed = a.mask_embed, p.features = a.features, p.out = a.out;
+    p.q = a.q, p.k = a.k, p.v = a.v, p.out = a.out;
     p.partial = partial.data(), p.stats = stats.data(), p.allowed = allowed.data();
     p.some = reinterpret_cast<unsigned char*>(some.data());
-    p.queries = a.queries, p.keys = a.keys, p.heads = a.heads, p.mask_dim = a.mask_dim;
+    p.queries = a.queries, p.keys = a.keys, p.heads = a.heads;
     p.q_stride = a.q_stride, p.k_stride = a.k_stride, p.v_stride = a.v_stride;
     p.tiles = plan.tiles, p.tiles_per_split = plan.tiles_per_split, p.splits = plan.splits;
     p.scale = static_cast<float>(1.4426950408889634 / std::sqrt(double(D)));
     if (kMasked) {
-        std::int64_t const blocks = mask_blocks(a.batch, a.queries, a.keys, kMaskWarps, a.multiprocessors);
-        blocks == 2 ? run_mask<T, 2>(p, a) : run_mask<T, 4>(p, a);
+        MaskProblem mask{};
+        mask.embed = a.mask_embed, mask.features = a.features, mask.allowed = allowed.data();
+        mask.some = reinterpret_cast<unsigned char*>(some.data());
+        mask.queries = a.queries, mask.rows = p.rows, mask.keys = a.keys, mask.channels = a.mask_dim;
+        mask.tiles = p.tiles, mask.some_stride = p.some_stride;
+        auto* const chosen = mask_blocks(a.batch, a.queries, a.keys, kMaskWarps, a.multiprocessors) == 2
+                                 ? &run_mask<T, 2, true>
+                                 : &run_mask<T, 4, true>;
+        chosen(mask, a.batch, a.multiprocessors, a.backwards != 0);
     }
     Index const grid{int(plan.splits), int(plan.groups * a.heads), int(a.batch)};
     std::size_t const bytes = kStages * Tile<D>::kBytes;
@@ -89,4 +99,27 @@ extern "C" void plan_splits(
     AttentionPlan const plan = plan_attention(batch, queries, keys, heads, 128, true, 2 * multiprocessors);
     *needed = plan.splits == 1 ? 0 : plan.splits * batch;
     *most = most_splits(batch, keys, heads, 3 * multiprocessors);
+}
+
+extern "C" void emulate_mask_product(
+    float const* embed, void const* features, float* logits, std::int64_t batch, std::int64_t queries, std::int64_t pixels,
+    std::int64_t channels, std::int64_t multiprocessors, int bfloat16) {
+    MaskProblem p{};
+    p.embed = embed, p.features = features, p.logits = logits;
+    p.queries = queries, p.keys = pixels, p.channels = channels, p.tiles = divide_up(pixels, kTileKeys);
+    auto* const chosen = bfloat16 ? &run_mask<BFloat16, 4, false> : &run_mask<Half, 4, false>;
+    chosen(p, batch, multiprocessors, false);
+}
+
+extern "C" void emulate_resize(
+    void const* features, void* const* levels, std::int64_t const* sizes, std::int64_t count, std::int64_t batch,
+    std::int64_t height, std::int64_t width, std::int64_t channels, int bfloat16) {
+    ResizeProblem p{};
+    p.features = features, p.count = count, p.height = height, p.width = width, p.channels = channels;
+    for (int i = 0; i < count; ++i) {
+        p.levels[i] = levels[i], p.heights[i] = sizes[2 * i], p.widths[i] = sizes[2 * i + 1];
+        p.pixels += p.heights[i] * p.widths[i];
+    }
+    Index const grid{int(divide_up(p.pixels, kResizeThreads / 32)), int(batch), 1};
+    emulation::run(grid, kResizeThreads, 0, false, [&] { bfloat16 ? resize_kernel<BFloat16>(p) : resize_kernel<Half>(p); });
 }

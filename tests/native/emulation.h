@@ -29,7 +29,7 @@ struct uint4 { std::uint32_t x, y, z, w; };
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 struct Index { int x = 0, y = 0, z = 0; };
-inline Index threadIdx, blockIdx, blockDim;
+inline Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace d2_trt {
 
@@ -103,6 +103,7 @@ inline void run(Index grid, int threads, std::size_t shared_bytes, bool backward
     for (Lane& l : running.lanes) l.stack.resize(kStack);
     block = &running;
     blockDim = {threads, 1, 1};
+    gridDim = grid;
     for (int z = 0; z < grid.z; ++z) {
         for (int y = 0; y < grid.y; ++y) {
             for (int x = 0; x < grid.x; ++x) {

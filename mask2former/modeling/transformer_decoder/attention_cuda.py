@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,51 @@ def attention(
     if mask_embed is not None:
         mask_embed, mask_features = mask_embed.float(), mask_features.to(q.dtype)
     return _attention(q, k, v, num_heads, mask_embed, mask_features)
+
+
+def mask_product(mask_embed: Tensor, features: Tensor) -> Tensor:
+    """Mask logits (B, Q, pixels) float32 by the kernel, which takes the embedding as a sum of two half-precision numbers.
+
+    Args:
+        mask_embed: (B, Q, mask_dim) float32 on a GPU.
+        features: (B, pixels, mask_dim) float16 or bfloat16.
+    """
+    mask_embed, features = _aligned(mask_embed.contiguous()), _aligned(features.contiguous())
+    batch, queries, channels = mask_embed.shape
+    out = mask_embed.new_empty(batch, queries, features.shape[1])
+    with torch.cuda.device(out.device):
+        kernels.load().mask_product(
+            mask_embed.data_ptr(),
+            features.data_ptr(),
+            out.data_ptr(),
+            dtype=kernels.dtype_name(features),
+            batch=batch,
+            queries=queries,
+            pixels=features.shape[1],
+            channels=channels,
+            stream=kernels.stream_of(out),
+        )
+    return out
+
+
+def resize_mask_features(features: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Features (B, H, W, C) float16 or bfloat16, resized by the kernel to each (h, w): (B, h * w, C) each."""
+    features = _aligned(features.contiguous())
+    batch, height, width, channels = features.shape
+    outs = [features.new_empty(batch, h * w, channels) for h, w in sizes]
+    with torch.cuda.device(features.device):
+        kernels.load().resize_mask_features(
+            features.data_ptr(),
+            [out.data_ptr() for out in outs],
+            list(sizes),
+            dtype=kernels.dtype_name(features),
+            batch=batch,
+            height=height,
+            width=width,
+            channels=channels,
+            stream=kernels.stream_of(features),
+        )
+    return outs
 
 
 @torch.library.custom_op(

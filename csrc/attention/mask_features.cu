@@ -1,0 +1,101 @@
+#include "attention/mask_features.h"
+
+#include "attention/attention.h"
+#include "attention/launch.cuh"
+#include "attention/mask.cuh"
+#include "attention/plan.h"
+#include "attention/resize.cuh"
+
+namespace d2_trt {
+namespace {
+
+void check_half(DType type, char const* what) {
+    require(type != DType::kFloat32, what, ": features are float32; expected float16 or bfloat16");
+}
+
+template <typename T>
+void launch_product(MaskProblem const& problem, std::int64_t batch, Device const& on, cudaStream_t stream) {
+    constexpr int kBlocks = 4;
+    static std::atomic<int> opened[kMaxDevices];
+    int const bytes = mask_shared_bytes(kBlocks, problem.channels);
+    open_shared(mask_kernel<T, kBlocks, false>, bytes, on, opened);
+    std::int64_t const rows = divide_up(problem.queries, kBlocks * kBlockRows);
+    std::int64_t const blocks = mask_grid(problem.tiles, kMaskWarps, rows * batch, on.multiprocessors);
+    mask_kernel<T, kBlocks, false>
+        <<<dim3(count(blocks), count(rows), count(batch)), kMaskWarps * 32, bytes, stream>>>(problem);
+    check_cuda(cudaGetLastError(), "mask_product");
+}
+
+}  // namespace
+
+void mask_product(
+    float const* embed, void const* features, float* logits, DType type, std::int64_t batch, std::int64_t queries,
+    std::int64_t pixels, std::int64_t channels, cudaStream_t stream) {
+    constexpr std::int64_t kMost = std::int64_t{1} << 28;
+    Device const& on = device();
+    check_device(on);
+    check_half(type, "mask_product");
+    require(
+        batch >= 0 && batch <= 65535 && queries >= 0 && queries <= 65535 && pixels >= 0 && pixels <= kMost,
+        "mask_product: batch ", batch, ", ", queries, " queries, ", pixels, " pixels; expected 0 to 65535, 65535 and ",
+        kMost);
+    require(
+        channels >= kMaskDimStep && channels <= kMaxMaskDim && channels % kMaskDimStep == 0, "mask_product: ", channels,
+        " channels; expected a multiple of ", kMaskDimStep, " up to ", kMaxMaskDim);
+    if (batch == 0 || queries == 0 || pixels == 0) return;
+    require_aligned(reinterpret_cast<std::uintptr_t>(embed), 16, "mask_product: embed");
+    require_aligned(reinterpret_cast<std::uintptr_t>(features), 16, "mask_product: features");
+    require_aligned(reinterpret_cast<std::uintptr_t>(logits), 16, "mask_product: logits");
+    MaskProblem problem{};
+    problem.embed = embed;
+    problem.features = features;
+    problem.logits = logits;
+    problem.queries = static_cast<std::int32_t>(queries);
+    problem.keys = static_cast<std::int32_t>(pixels);
+    problem.channels = static_cast<std::int32_t>(channels);
+    problem.tiles = static_cast<std::int32_t>(divide_up(pixels, kTileKeys));
+    auto* const run = type == DType::kFloat16 ? &launch_product<Half> : &launch_product<BFloat16>;
+    run(problem, batch, on, stream);
+}
+
+void resize_mask_features(
+    void const* features, std::vector<void*> const& levels, std::vector<std::array<std::int64_t, 2>> const& sizes,
+    DType type, std::int64_t batch, std::int64_t height, std::int64_t width, std::int64_t channels, cudaStream_t stream) {
+    constexpr std::int64_t kMost = std::int64_t{1} << 28;
+    char const* const what = "resize_mask_features";
+    check_half(type, what);
+    require(
+        !levels.empty() && levels.size() <= kMaxMaskLevels && levels.size() == sizes.size(), what, ": ", levels.size(),
+        " levels of ", sizes.size(), " sizes; expected equally many, 1 to ", kMaxMaskLevels);
+    require(
+        batch >= 0 && batch <= 65535 && height > 0 && width > 0 && height * width <= kMost, what, ": batch ", batch,
+        " of features ", height, "x", width, "; expected 0 to 65535, and 1 to ", kMost, " pixels");
+    require(channels > 0 && channels % 8 == 0, what, ": ", channels, " channels; expected a multiple of 8");
+    ResizeProblem problem{};
+    problem.features = features;
+    problem.count = static_cast<std::int32_t>(levels.size());
+    problem.height = static_cast<std::int32_t>(height);
+    problem.width = static_cast<std::int32_t>(width);
+    problem.channels = static_cast<std::int32_t>(channels);
+    std::int64_t pixels = 0;
+    for (std::size_t i = 0; i < levels.size(); ++i) {
+        auto const [h, w] = sizes[i];
+        require(
+            h > 0 && w > 0 && h * w <= kMost, what, ": level ", i, " is ", h, "x", w, "; expected 1 to ", kMost, " pixels");
+        pixels += h * w;
+        problem.levels[i] = levels[i];
+        problem.heights[i] = static_cast<std::int32_t>(h);
+        problem.widths[i] = static_cast<std::int32_t>(w);
+    }
+    require(pixels <= kMost, what, ": ", pixels, " pixels of all levels; expected at most ", kMost);
+    if (batch == 0) return;
+    require_aligned(reinterpret_cast<std::uintptr_t>(features), 16, "resize_mask_features: features");
+    for (void* level : levels) require_aligned(reinterpret_cast<std::uintptr_t>(level), 16, "resize_mask_features: a level");
+    problem.pixels = static_cast<std::int32_t>(pixels);
+    dim3 const grid(count(divide_up(pixels, kResizeThreads / 32)), count(batch));
+    auto* const kernel = type == DType::kFloat16 ? &resize_kernel<Half> : &resize_kernel<BFloat16>;
+    kernel<<<grid, kResizeThreads, 0, stream>>>(problem);
+    check_cuda(cudaGetLastError(), what);
+}
+
+}  // namespace d2_trt
