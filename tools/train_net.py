@@ -45,8 +45,8 @@ Examples:
   train on COCO as the release does, and go on after an interruption:
     python tools/train_net.py --num-gpus 8 [--resume] \\
         --config-file configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml OUTPUT_DIR output/r50
-  train the small model on the drawn data set:
-    python tools/train_net.py --config-file configs/shapes/maskformer2_mini_shapes.yaml OUTPUT_DIR output/mini
+  train on the drawn data set, from drawing it to the results (see tools/train_shapes.py):
+    python tools/train_shapes.py --model small
 
 KEY VALUE pairs at the end override the config. Often wanted:
   MODEL.WEIGHTS FILE           checkpoint (.pkl or .pth)
