@@ -167,6 +167,7 @@ class Graph:
         if self.is_float(result):
             layer.precision = self.dtype(compute)
             layer.set_output_type(0, self.dtype(out))
+            self._told_types[result.name] = self.dtype(out)
         return result
 
     def plugin(self, kind, inputs: list, fields: Mapping[str, torch.dtype | int | float], out: torch.dtype):
@@ -179,7 +180,10 @@ class Graph:
         """The tensor in another type."""
         if self._kind(tensor) == self.dtype(dtype):
             return tensor
-        return self.network.add_cast(tensor, self.dtype(dtype)).get_output(0)
+        result = self.network.add_cast(tensor, self.dtype(dtype)).get_output(0)
+        if dtype in self._float_types:
+            self._told_types[result.name] = self.dtype(dtype)
+        return result
 
     def elementwise(self, op: str, a, b, **types):
         """Binary operation by its name in ElementWiseOperation, with ranks made equal."""

@@ -21,17 +21,25 @@ def conv2d(g, result, input, weight, bias=None, stride=1, padding=0, dilation=1,
     def pair(v):
         return (v, v) if isinstance(v, int) else tuple(v)
 
+    def configure(layer):
+        layer.stride_nd, layer.padding_nd, layer.dilation_nd = pair(stride), pair(padding), pair(dilation)
+        layer.num_groups = groups
+
+    return _convolution(g, g.tensor(input), weight, bias, configure)
+
+
+def _convolution(g, x, weight, bias, configure=lambda layer: None):
+    """x (B, C, H, W) convolved with weight (D, C / groups, h, w); `configure` sets what is not the default."""
     compute = g.compute_dtype(g.current_module())
     kernel = g.weights(weight, compute)
     offset = g.trt.Weights() if bias is None else g.weights(bias, compute)
 
-    def add(x):
-        layer = g.network.add_convolution_nd(x, weight.shape[0], tuple(weight.shape[2:]), kernel, offset)
-        layer.stride_nd, layer.padding_nd, layer.dilation_nd = pair(stride), pair(padding), pair(dilation)
-        layer.num_groups = groups
+    def add(t):
+        layer = g.network.add_convolution_nd(t, weight.shape[0], tuple(weight.shape[2:]), kernel, offset)
+        configure(layer)
         return layer
 
-    return g.emit(add, g.tensor(input))
+    return g.emit(add, x)
 
 
 @converts("torch.nn.functional.max_pool2d", "torch.max_pool2d")
@@ -104,7 +112,22 @@ def linear(g, result, input, weight, bias=None):
     "torch.nn.functional.relu", "torch.relu", "torch.nn.functional.relu_", "torch.relu_", "torch.Tensor.relu_"
 )
 def relu(g, result, input, inplace=False):
-    return g.emit(lambda x: g.network.add_activation(x, g.trt.ActivationType.RELU), g.tensor(input))
+    return _relu(g, g.tensor(input))
+
+
+def _relu(g, x):
+    return g.emit(lambda t: g.network.add_activation(t, g.trt.ActivationType.RELU), x)
+
+
+@converts("mask2former.modeling.fused_ops.linear_relu")
+def linear_relu(g, result, x, linear):
+    """A convolution of 1x1 maps: after a matrix product TensorRT 8.6 runs ReLU as a kernel of its own."""
+    x = g.tensor(x)
+    sizes = g.sizes(x)
+    with g.inside(linear):
+        maps = g.reshape(x, [-1, linear.in_features, 1, 1])
+        out = _relu(g, _convolution(g, maps, linear.weight[:, :, None, None], linear.bias))
+        return g.reshape(out, [*sizes[:-1], linear.out_features])
 
 
 @converts("torch.nn.functional.gelu")

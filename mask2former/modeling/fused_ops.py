@@ -18,3 +18,8 @@ def residual_layer_norm(x: Tensor, update: Tensor, norm: nn.LayerNorm) -> Tensor
 def group_norm_relu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """relu(norm(x)): (B, C, H, W) -> (B, C, H, W)."""
     return F.relu(norm(x))
+
+
+def linear_relu(x: Tensor, linear: nn.Linear) -> Tensor:
+    """relu(linear(x)): (..., C) -> (..., D)."""
+    return F.relu(linear(x))

@@ -42,7 +42,7 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
         """(B, S, C) -> (B, S, C); pos (1, S, C) is added to the queries only."""
         attended = self.dropout1(self.self_attn(x + pos, x, spatial_shapes))
         x = fused_ops.residual_layer_norm(x, attended, self.norm1)
-        ffn = self.linear2(self.dropout2(F.relu(self.linear1(x))))
+        ffn = self.linear2(self.dropout2(fused_ops.linear_relu(x, self.linear1)))
         return fused_ops.residual_layer_norm(x, self.dropout3(ffn), self.norm2)
 
 

@@ -162,7 +162,7 @@ class FFNLayer(nn.Module):
     def forward(self, queries: Tensor) -> Tensor:
         """(B, Q, C) -> (B, Q, C)."""
         x = self.norm(queries) if self.pre_norm else queries
-        update = self.linear2(F.relu(self.linear1(x)))
+        update = self.linear2(fused_ops.linear_relu(x, self.linear1))
         if self.pre_norm:
             return queries + update
         return fused_ops.residual_layer_norm(queries, update, self.norm)
@@ -181,5 +181,5 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., input_dim) -> (..., output_dim)."""
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
+            x = fused_ops.linear_relu(x, layer)
         return self.layers[-1](x)
