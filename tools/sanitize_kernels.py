@@ -320,6 +320,33 @@ def attention(kernels: ModuleType, gpu: Gpu) -> None:
             gpu.finish()
 
 
+def window_attention(kernels: ModuleType, gpu: Gpu) -> None:
+    rng = np.random.default_rng(0)
+    cases = [(20, 27, 3, 32, 7, 0), (20, 27, 3, 32, 7, 3), (24, 24, 2, 32, 12, 6), (5, 6, 1, 16, 4, 2)]
+    for height, width, heads, dim, window, shift in cases:
+        qkv = rng.standard_normal((2, height, width, 3, heads, dim))
+        qkv_bias = rng.standard_normal((3, heads, dim)).astype(np.float32)
+        bias = rng.standard_normal((heads, 2 * window - 1, 2 * window - 1)).astype(np.float32)
+        for dtype in ("float16", "bfloat16"):
+            kernels.window_attention(
+                gpu.put(as_dtype(qkv, dtype)),
+                gpu.put(qkv_bias),
+                gpu.put(bias),
+                gpu.out("window_attention", 2 * 2 * height * width * heads * dim),
+                dtype=dtype,
+                batch=2,
+                height=height,
+                width=width,
+                heads=heads,
+                dim=dim,
+                window=window,
+                shift=shift,
+                scale=dim**-0.5,
+                stream=0,
+            )
+            gpu.finish()
+
+
 def resize(kernels: ModuleType, gpu: Gpu) -> None:
     module = kernels.preprocess
     rng = np.random.default_rng(0)
@@ -368,6 +395,7 @@ CASES: dict[str, Callable[[ModuleType, Gpu], None]] = {
     "resize": resize,
     "normalization": normalization,
     "attention": attention,
+    "window_attention": window_attention,
 }
 
 
