@@ -320,6 +320,37 @@ def attention(kernels: ModuleType, gpu: Gpu) -> None:
             gpu.finish()
 
 
+def mask_features(kernels: ModuleType, gpu: Gpu) -> None:
+    rng = np.random.default_rng(0)
+    for queries, (height, width), (out_height, out_width), channels in (
+        (100, (20, 28), (5, 7), 256),
+        (7, (12, 13), (6, 13), 64),
+    ):
+        features = rng.standard_normal((2, height * width, channels))
+        embed = rng.standard_normal((2, queries, channels)).astype(np.float32)
+        for dtype in ("float16", "bfloat16"):
+            at = gpu.put(as_dtype(features, dtype))
+            common = {"dtype": dtype, "batch": 2, "channels": channels, "stream": 0}
+            kernels.mask_product(
+                gpu.put(embed),
+                at,
+                gpu.out("mask_product", 4 * 2 * queries * height * width),
+                queries=queries,
+                pixels=height * width,
+                **common,
+            )
+            kernels.resize_mask_features(
+                at,
+                gpu.out("resize_mask_features", 2 * 2 * out_height * out_width * channels),
+                height=height,
+                width=width,
+                out_height=out_height,
+                out_width=out_width,
+                **common,
+            )
+            gpu.finish()
+
+
 def window_attention(kernels: ModuleType, gpu: Gpu) -> None:
     rng = np.random.default_rng(0)
     cases = [(20, 27, 3, 32, 7, 0), (20, 27, 3, 32, 7, 3), (24, 24, 2, 32, 12, 6), (5, 6, 1, 16, 4, 2)]
@@ -395,6 +426,7 @@ CASES: dict[str, Callable[[ModuleType, Gpu], None]] = {
     "resize": resize,
     "normalization": normalization,
     "attention": attention,
+    "mask_features": mask_features,
     "window_attention": window_attention,
 }
 
