@@ -142,6 +142,10 @@ MAPS = [
     (2, 256, 1, 3),
     (1, 512, 9, 16),
     (1, 2048, 3, 4),
+    (1, 256, 100, 136),  # too large for a block to keep a group
+    (2, 64, 71, 73),  # groups start at multiples of 16 bytes, planes do not
+    (1, 64, 64, 64),  # the largest that a block keeps
+    (1, 64, 64, 65),
 ]
 
 
