@@ -130,7 +130,7 @@ def _mask_features(batch: int, dtype: torch.dtype, args) -> None:
     nchw = features.permute(0, 3, 1, 2).contiguous()
     product = time_us(lambda: attention_cuda.mask_product(embed, features.flatten(1, 2)), 20, 15)
     theirs = time_us(lambda: embed.to(dtype) @ nchw.flatten(2), 5, 10)
-    resize = time_us(lambda: attention_cuda.resize_mask_features(features, sizes), 20, 15)
+    resize = time_us(lambda: [attention_cuda.resize_mask_features(features, s) for s in sizes], 20, 15)
     theirs_resized = time_us(
         lambda: [F.interpolate(nchw, s, mode="bilinear", align_corners=False) for s in sizes], 5, 10
     )

@@ -1,9 +1,6 @@
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <array>
 #include <string>
-#include <vector>
 
 #include "attention/attention.h"
 #include "attention/mask_features.h"
@@ -65,14 +62,18 @@ void product(
 }
 
 void resize(
-    std::uintptr_t features, std::vector<std::uintptr_t> const& levels,
-    std::vector<std::array<std::int64_t, 2>> const& sizes, std::string const& dtype, std::int64_t batch, std::int64_t height,
-    std::int64_t width, std::int64_t channels, std::uintptr_t stream) {
-    std::vector<void*> addresses;
-    for (std::uintptr_t level : levels) addresses.push_back(reinterpret_cast<void*>(level));
+    std::uintptr_t features, std::uintptr_t out, std::string const& dtype, std::int64_t batch, std::int64_t height,
+    std::int64_t width, std::int64_t channels, std::int64_t out_height, std::int64_t out_width, std::uintptr_t stream) {
+    ResizeSizes sizes;
+    sizes.batch = batch;
+    sizes.channels = channels;
+    sizes.height = height;
+    sizes.width = width;
+    sizes.out_height = out_height;
+    sizes.out_width = out_width;
     resize_mask_features(
-        reinterpret_cast<void const*>(features), addresses, sizes, dtype_from_name(dtype, "resize_mask_features: features"),
-        batch, height, width, channels, reinterpret_cast<cudaStream_t>(stream));
+        reinterpret_cast<void const*>(features), reinterpret_cast<void*>(out),
+        dtype_from_name(dtype, "resize_mask_features: features"), sizes, reinterpret_cast<cudaStream_t>(stream));
 }
 
 }  // namespace
@@ -94,10 +95,10 @@ void bind_attention(py::module_& module) {
         py::call_guard<py::gil_scoped_release>(),
         "Mask logits, see mask_features.h. Tensors are addresses on the stream's device.");
     module.def(
-        "resize_mask_features", &resize, py::arg("features"), py::arg("levels"), py::arg("sizes"), py::kw_only(),
-        py::arg("dtype"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("channels"), py::arg("stream"),
-        py::call_guard<py::gil_scoped_release>(),
-        "Mask features of several levels, see mask_features.h. Tensors are addresses on the stream's device.");
+        "resize_mask_features", &resize, py::arg("features"), py::arg("out"), py::kw_only(), py::arg("dtype"),
+        py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("channels"), py::arg("out_height"),
+        py::arg("out_width"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+        "Mask features of a level, see mask_features.h. Tensors are addresses on the stream's device.");
 }
 
 }  // namespace d2_trt

@@ -59,40 +59,29 @@ void mask_product(
 }
 
 void resize_mask_features(
-    void const* features, std::vector<void*> const& levels, std::vector<std::array<std::int64_t, 2>> const& sizes,
-    DType type, std::int64_t batch, std::int64_t height, std::int64_t width, std::int64_t channels, cudaStream_t stream) {
+    void const* features, void* out, DType type, ResizeSizes const& sizes, cudaStream_t stream) {
     constexpr std::int64_t kMost = std::int64_t{1} << 28;
     char const* const what = "resize_mask_features";
     check_half(type, what);
-    require(
-        !levels.empty() && levels.size() <= kMaxMaskLevels && levels.size() == sizes.size(), what, ": ", levels.size(),
-        " levels of ", sizes.size(), " sizes; expected equally many, 1 to ", kMaxMaskLevels);
-    require(
-        batch >= 0 && batch <= 65535 && height > 0 && width > 0 && height * width <= kMost, what, ": batch ", batch,
-        " of features ", height, "x", width, "; expected 0 to 65535, and 1 to ", kMost, " pixels");
-    require(channels > 0 && channels % 8 == 0, what, ": ", channels, " channels; expected a multiple of 8");
-    ResizeProblem problem{};
-    problem.features = features;
-    problem.count = static_cast<std::int32_t>(levels.size());
-    problem.height = static_cast<std::int32_t>(height);
-    problem.width = static_cast<std::int32_t>(width);
-    problem.channels = static_cast<std::int32_t>(channels);
-    std::int64_t pixels = 0;
-    for (std::size_t i = 0; i < levels.size(); ++i) {
-        auto const [h, w] = sizes[i];
+    auto const check_side = [&](char const* name, std::int64_t height, std::int64_t width) {
         require(
-            h > 0 && w > 0 && h * w <= kMost, what, ": level ", i, " is ", h, "x", w, "; expected 1 to ", kMost, " pixels");
-        pixels += h * w;
-        problem.levels[i] = levels[i];
-        problem.heights[i] = static_cast<std::int32_t>(h);
-        problem.widths[i] = static_cast<std::int32_t>(w);
-    }
-    require(pixels <= kMost, what, ": ", pixels, " pixels of all levels; expected at most ", kMost);
-    if (batch == 0) return;
+            height > 0 && width > 0 && height <= kMost / width, what, ": ", name, " are ", height, "x", width,
+            "; expected 1 to ", kMost, " pixels");
+    };
+    check_side("features", sizes.height, sizes.width);
+    check_side("results", sizes.out_height, sizes.out_width);
+    require(sizes.batch >= 0 && sizes.batch <= 65535, what, ": batch is ", sizes.batch, "; expected 0 to 65535");
+    require(
+        sizes.channels > 0 && sizes.channels <= kMost && sizes.channels % 8 == 0, what, ": ", sizes.channels,
+        " channels; expected a multiple of 8");
+    if (sizes.batch == 0) return;
     require_aligned(reinterpret_cast<std::uintptr_t>(features), 16, "resize_mask_features: features");
-    for (void* level : levels) require_aligned(reinterpret_cast<std::uintptr_t>(level), 16, "resize_mask_features: a level");
-    problem.pixels = static_cast<std::int32_t>(pixels);
-    dim3 const grid(count(divide_up(pixels, kResizeThreads / 32)), count(batch));
+    require_aligned(reinterpret_cast<std::uintptr_t>(out), 16, "resize_mask_features: out");
+    auto const narrow = [](std::int64_t n) { return static_cast<std::int32_t>(n); };
+    ResizeProblem const problem{
+        features, out, narrow(sizes.height), narrow(sizes.width), narrow(sizes.out_height), narrow(sizes.out_width),
+        narrow(sizes.channels)};
+    dim3 const grid(count(divide_up(sizes.out_height * sizes.out_width, kResizeThreads / 32)), count(sizes.batch));
     auto* const kernel = type == DType::kFloat16 ? &resize_kernel<Half> : &resize_kernel<BFloat16>;
     kernel<<<grid, kResizeThreads, 0, stream>>>(problem);
     check_cuda(cudaGetLastError(), what);

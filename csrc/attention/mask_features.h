@@ -4,9 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include <array>
 #include <cstdint>
-#include <vector>
 
 #include "common/dtype.h"
 
@@ -20,11 +18,15 @@ void mask_product(
     float const* embed, void const* features, float* logits, DType type, std::int64_t batch, std::int64_t queries,
     std::int64_t pixels, std::int64_t channels, cudaStream_t stream);
 
-// features (B, height, width, channels) resized to each of `sizes` (height, width), bilinearly with corners not aligned:
-// levels[i] is (B, heights[i] * widths[i], channels). Weights and sums are in float32. channels: a multiple of 8. All of
-// `type`, contiguous and aligned to 16 bytes. Throws as mask_product.
+struct ResizeSizes {
+    std::int64_t batch = 0, channels = 0;    // channels: a multiple of 8
+    std::int64_t height = 0, width = 0;      // of the features
+    std::int64_t out_height = 0, out_width = 0;
+};
+
+// features (B, height, width, channels) resized bilinearly with corners not aligned: out is (B, out_height * out_width,
+// channels). Weights and sums are in float32. Both of `type`, contiguous and aligned to 16 bytes. Throws as mask_product.
 void resize_mask_features(
-    void const* features, std::vector<void*> const& levels, std::vector<std::array<std::int64_t, 2>> const& sizes,
-    DType type, std::int64_t batch, std::int64_t height, std::int64_t width, std::int64_t channels, cudaStream_t stream);
+    void const* features, void* out, DType type, ResizeSizes const& sizes, cudaStream_t stream);
 
 }  // namespace d2_trt

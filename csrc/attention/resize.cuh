@@ -1,19 +1,16 @@
-// Mask features resized to several levels, channels last, in one kernel.
+// Mask features resized to a level, channels last.
 #pragma once
 
 #include "attention/fragments.cuh"
 
 namespace d2_trt {
 
-constexpr int kMaxMaskLevels = 4;
 constexpr int kResizeThreads = 256;
 
 struct ResizeProblem {
-    void const* features;              // (B, height, width, channels)
-    void* levels[kMaxMaskLevels];      // (B, heights[i], widths[i], channels)
-    std::int32_t heights[kMaxMaskLevels], widths[kMaxMaskLevels];
-    std::int32_t count, height, width, channels;
-    std::int32_t pixels;  // of all levels together, of one image
+    void const* features;  // (B, height, width, channels)
+    void* out;             // (B, out_height, out_width, channels)
+    std::int32_t height, width, out_height, out_width, channels;
 };
 
 struct Neighbours {
@@ -28,24 +25,19 @@ __device__ __forceinline__ Neighbours neighbours(int at, int size, int from) {
     return {first, first + (first < from - 1 ? 1 : 0), source - first};
 }
 
-// A warp has a pixel of a level, a lane eight channels of it.
+// A warp has a pixel, a lane eight channels of it.
 template <typename T>
 __global__ void __launch_bounds__(kResizeThreads) resize_kernel(__grid_constant__ ResizeProblem const problem) {
     int const lane = threadIdx.x % 32;
-    int pixel = static_cast<int>(blockIdx.x) * (kResizeThreads / 32) + static_cast<int>(threadIdx.x) / 32;
-    if (pixel >= problem.pixels) return;
+    int const pixel = static_cast<int>(blockIdx.x) * (kResizeThreads / 32) + static_cast<int>(threadIdx.x) / 32;
+    int const pixels = problem.out_height * problem.out_width;
+    if (pixel >= pixels) return;
     std::int64_t const image = blockIdx.y;
-    int level = 0;
-    while (pixel >= problem.heights[level] * problem.widths[level]) {
-        pixel -= problem.heights[level] * problem.widths[level];
-        ++level;
-    }
-    int const height = problem.heights[level], width = problem.widths[level];
-    Neighbours const y = neighbours(pixel / width, height, problem.height);
-    Neighbours const x = neighbours(pixel % width, width, problem.width);
+    Neighbours const y = neighbours(pixel / problem.out_width, problem.out_height, problem.height);
+    Neighbours const x = neighbours(pixel % problem.out_width, problem.out_width, problem.width);
     int const pieces = problem.channels / 8;
     auto const* const from = static_cast<uint4 const*>(problem.features) + image * problem.height * problem.width * pieces;
-    auto* const to = static_cast<uint4*>(problem.levels[level]) + (image * height * width + pixel) * pieces;
+    auto* const to = static_cast<uint4*>(problem.out) + (image * pixels + pixel) * pieces;
     for (int piece = lane; piece < pieces; piece += 32) {
         auto const corner = [&](int row, int column) {
             return load(from + (static_cast<std::int64_t>(row) * problem.width + column) * pieces + piece);

@@ -4,6 +4,7 @@
 #include "trt_plugin/attention_core.h"
 #include "trt_plugin/group_norm_core.h"
 #include "trt_plugin/layer_norm_core.h"
+#include "trt_plugin/mask_features_core.h"
 #include "trt_plugin/ms_deform_attn_core.h"
 #include "trt_plugin/window_attention_core.h"
 
@@ -12,7 +13,8 @@ namespace d2_trt::plugin {
 template <typename... Cores>
 struct PluginList {};
 
-using Plugins =
-    PluginList<AttentionPlugin, GroupNormPlugin, LayerNormPlugin, MsDeformAttnPlugin, WindowAttentionPlugin>;
+using Plugins = PluginList<
+    AttentionPlugin, GroupNormPlugin, LayerNormPlugin, LevelMaskFeaturesPlugin, MaskProductPlugin, MsDeformAttnPlugin,
+    WindowAttentionPlugin>;
 
 }  // namespace d2_trt::plugin

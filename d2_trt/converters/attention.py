@@ -129,6 +129,38 @@ def self_attention(g, result, qkv, num_heads):
     return _native(g, q, k, v, num_heads, **types)
 
 
+@converts(_CORE + "level_mask_features")
+def level_mask_features(g, result, mask_features, level):
+    """One kernel in the place of a resize and a transposition, where the features come in half precision."""
+    features = g.tensor(mask_features)
+    dtype = _half_features(g, mask_features)
+    size, wanted = mask_features.shape[2:], level.shape[2:]
+    # Levels halve the features' sides again and again, rounding up, whatever the image's size.
+    factor = next(
+        (f for f in (1, 2, 4, 8, 16, 32) if all(-(-s // f) == w for s, w in zip(size, wanted))), None
+    )
+    if dtype is None or factor is None or dtype != g.compute_dtype(g.current_module()):
+        return DECLINED
+    return g.plugin(plugin.LEVEL_MASK_FEATURES, [features], {"type": dtype, "factor": factor}, dtype)
+
+
+@converts(_CORE + "mask_product")
+def mask_product(g, result, mask_embed, mask_features):
+    """Exact products of the features as they come with the float32 embedding, whatever the policy says of the module."""
+    dtype = _half_features(g, mask_features)
+    if dtype is None or not attention_cuda.supported_mask_dim(mask_features.shape[1]):
+        return DECLINED
+    inputs = [g.cast(g.tensor(mask_embed), torch.float32), g.tensor(mask_features)]
+    return g.plugin(plugin.MASK_PRODUCT, inputs, {"type": dtype}, torch.float32)
+
+
+def _half_features(g, mask_features) -> torch.dtype | None:
+    """The type of mask features that our plugins take as they are: half precision, eight channels at a time."""
+    dtype = g.torch_dtype(g.tensor(mask_features))
+    usable = g.attention == "plugin" and dtype in attention_cuda.DTYPES and mask_features.shape[1] % 8 == 0
+    return dtype if usable else None
+
+
 def _precision(g, heads: int, dim: int, mask_dim: int = 0):
     """The plugin's type, or None and types for `emit`: what computes attention in the module that is traced.
 

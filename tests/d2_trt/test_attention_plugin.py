@@ -68,7 +68,11 @@ def with_attention(shapes, precision="fp16", **others) -> BuildSpec:
 
 
 def attention_layers(network) -> list:
-    return [layer for layer in plugin_layers(network) if "predictor" in layer.name]
+    return layers_of(network, plugin.ATTENTION)
+
+
+def layers_of(network, kind) -> list:
+    return [layer for layer in plugin_layers(network) if layer.plugin._name == kind.name]
 
 
 def test_model_with_our_plugin_stays_near_pytorch(registered, model, monkeypatch):  # noqa: F811
@@ -97,6 +101,26 @@ def test_decoder_with_our_plugin_stays_near_pytorch(registered, shapes, monkeypa
         assert layer.get_output(0).dtype.name == "HALF"
     for shape in (TRACED, *OTHERS, (1, 3, 64, 64)) if shapes is DYNAMIC else (TRACED,):
         assert max(errors(network, decoder, shape)) < 0.02, shape
+
+
+def test_mask_features_are_read_as_the_convolution_leaves_them(registered, monkeypatch):  # noqa: F811
+    decoder = Decoder()
+    network = trace(registered, builder.Core(decoder), with_attention(DYNAMIC), monkeypatch)
+    levels, masks = (layers_of(network, k) for k in (plugin.LEVEL_MASK_FEATURES, plugin.MASK_PRODUCT))
+    assert [layer.plugin._ours.fields["factor"] for layer in levels] == [8, 4, 2]
+    assert len({layer.get_input(0).name for layer in levels} | {masks[0].get_input(1).name}) == 1
+    assert len(masks) == 1 and masks[0].get_input(0)._kept_dtype.name == "FLOAT"
+    assert not any(row["kind"] == "RESIZE" for row in network.precisions())
+
+
+def test_mask_features_in_float32_keep_tensorrts_own_layers(registered, monkeypatch):  # noqa: F811
+    decoder = Decoder()
+    pins = (*builder.default_fp32_modules("plugin"), "features.3")
+    spec = BuildSpec(**DYNAMIC, attention="plugin", precision="fp16", fp32_modules=pins)
+    network = trace(registered, builder.Core(decoder), spec, monkeypatch)
+    assert not layers_of(network, plugin.LEVEL_MASK_FEATURES) and not layers_of(network, plugin.MASK_PRODUCT)
+    assert attention_layers(network)
+    assert max(errors(network, decoder, OTHERS[0])) < 0.02
 
 
 def test_layers_of_a_level_share_keys_values_and_features(registered, monkeypatch):  # noqa: F811
@@ -235,7 +259,7 @@ def test_real_engine_with_our_plugin_serves_every_size(name):
     model = mini_model(name)  # noqa: F811
     spec = with_attention(DYNAMIC, opt_level=0, msda="plugin")
     plan, report, _ = builder.build_engine(model, spec, random_images(TRACED).cuda())
-    assert sum("predictor" in layer for layer in report.plugin_layers) >= 6
+    assert sum("predictor" in layer for layer in report.plugin_layers) >= 10
     engine = Engine(plan, torch.device("cuda"))
     for shape in (TRACED, *OTHERS, (1, 3, 256, 224), (1, 3, 64, 64)):
         images = random_images(shape).cuda()

@@ -238,4 +238,45 @@ class WindowAttention(OurPlugin):
         return out[:, :height, :width]
 
 
-OUR_PLUGINS = {cls.NAME: cls for cls in (GroupNorm, LayerNorm, Attention, MsDeformAttn, WindowAttention)}
+class LevelMaskFeatures(OurPlugin):
+    NAME = "D2TRTLevelMaskFeatures"
+    FIELDS: ClassVar = {"type": int, "factor": int}
+
+    def possible(self):
+        return self.fields["type"] != 0 and self._is_type("type") and 1 <= self.fields["factor"] <= 64
+
+    def input_types(self):
+        return [TYPE_NAMES[self.fields["type"]]]
+
+    output_types = input_types
+
+    def compute(self, features):
+        if features.dim() != 4 or features.shape[1] % 8:
+            raise Refused(f"mask features {tuple(features.shape)}")
+        size = [-(-side // self.fields["factor"]) for side in features.shape[2:]]
+        resized = F.interpolate(features, size, mode="bilinear", align_corners=False)
+        return resized.flatten(2).transpose(1, 2)
+
+
+class MaskProduct(OurPlugin):
+    NAME = "D2TRTMaskProduct"
+    FIELDS: ClassVar = {"type": int}
+
+    def possible(self):
+        return self.fields["type"] != 0 and self._is_type("type")
+
+    def input_types(self):
+        return ["FLOAT", TYPE_NAMES[self.fields["type"]]]
+
+    def output_types(self):
+        return ["FLOAT"]
+
+    def compute(self, embed, features):
+        same = embed.dim() == 3 and features.dim() == 4 and embed.shape[::2] == features.shape[:2]
+        if not same or not attention_cuda.supported_mask_dim(embed.shape[2]):
+            raise Refused(f"a mask embedding {tuple(embed.shape)} for mask features {tuple(features.shape)}")
+        return (embed @ features.flatten(2)).unflatten(2, features.shape[2:])
+
+
+KINDS = (Attention, GroupNorm, LayerNorm, LevelMaskFeatures, MaskProduct, MsDeformAttn, WindowAttention)
+OUR_PLUGINS = {cls.NAME: cls for cls in KINDS}

@@ -123,15 +123,12 @@ def mask_product(mask_embed, features, *, multiprocessors=6):
     return out[:-8].view(batch, queries, pixels)
 
 
-def resize_mask_features(features, sizes):
+def resize_mask_features(features, size):
     """attention_cuda.resize_mask_features for tensors on the CPU."""
     batch, height, width, channels = features.shape
     features = _guarded(features)
-    outs = [torch.full((batch, h * w, channels), float("nan"), dtype=features.dtype) for h, w in sizes]
-    levels = (ctypes.c_void_p * len(sizes))(*(out.data_ptr() for out in outs))
-    flat = (ctypes.c_int64 * (2 * len(sizes)))(*(side for size in sizes for side in size))
-    numbers = map(ctypes.c_int64, (len(sizes), batch, height, width, channels))
-    _library().emulate_resize(
-        ctypes.c_void_p(features.data_ptr()), levels, flat, *numbers, int(features.dtype == torch.bfloat16)
-    )
-    return outs
+    out = torch.full((batch, size[0] * size[1], channels), float("nan"), dtype=features.dtype)
+    sizes = map(ctypes.c_int64, (batch, height, width, channels, *size))
+    addresses = (ctypes.c_void_p(features.data_ptr()), ctypes.c_void_p(out.data_ptr()))
+    _library().emulate_resize(*addresses, *sizes, int(features.dtype == torch.bfloat16))
+    return out

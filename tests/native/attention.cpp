@@ -112,14 +112,10 @@ extern "C" void emulate_mask_product(
 }
 
 extern "C" void emulate_resize(
-    void const* features, void* const* levels, std::int64_t const* sizes, std::int64_t count, std::int64_t batch,
-    std::int64_t height, std::int64_t width, std::int64_t channels, int bfloat16) {
-    ResizeProblem p{};
-    p.features = features, p.count = count, p.height = height, p.width = width, p.channels = channels;
-    for (int i = 0; i < count; ++i) {
-        p.levels[i] = levels[i], p.heights[i] = sizes[2 * i], p.widths[i] = sizes[2 * i + 1];
-        p.pixels += p.heights[i] * p.widths[i];
-    }
-    Index const grid{int(divide_up(p.pixels, kResizeThreads / 32)), int(batch), 1};
+    void const* features, void* out, std::int64_t batch, std::int64_t height, std::int64_t width, std::int64_t channels,
+    std::int64_t out_height, std::int64_t out_width, int bfloat16) {
+    ResizeProblem const p{
+        features, out, int(height), int(width), int(out_height), int(out_width), int(channels)};
+    Index const grid{int(divide_up(out_height * out_width, kResizeThreads / 32)), int(batch), 1};
     emulation::run(grid, kResizeThreads, 0, false, [&] { bfloat16 ? resize_kernel<BFloat16>(p) : resize_kernel<Half>(p); });
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import fused_ops, shape_ops
+from .. import fused_ops
 from . import attention_core
 
 
@@ -100,8 +100,7 @@ class PixelMemory(nn.Module):
             # W (x + level_embed) = W x + W level_embed, which joins the bias.
             made.append(F.linear(x, weight, F.linear(level_embed, weight, bias)))
         keys, values = made
-        resized = shape_ops.resize_like(mask_features, pixels)
-        return keys, values, resized.flatten(2).transpose(1, 2)
+        return keys, values, attention_core.level_mask_features(mask_features, pixels)
 
 
 class SelfAttentionLayer(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import shape_ops
 from . import attention_cuda
 
 
@@ -74,6 +75,16 @@ def self_attention(qkv: Tensor, num_heads: int) -> Tensor:
     if _has_kernel(q, k, v, num_heads):
         return attention_cuda.attention(q, k, v, num_heads)
     return reference(q, k, v, num_heads)
+
+
+def level_mask_features(mask_features: Tensor, level: Tensor) -> Tensor:
+    """Mask features (B, mask_dim, H/4, W/4), resized to a level (B, C, h, w), in rows: (B, h * w, mask_dim)."""
+    return shape_ops.resize_like(mask_features, level).flatten(2).transpose(1, 2)
+
+
+def mask_product(mask_embed: Tensor, mask_features: Tensor) -> Tensor:
+    """Mask logits (B, Q, H, W): mask embeddings (B, Q, mask_dim) times mask features (B, mask_dim, H, W)."""
+    return shape_ops.unflatten_like(mask_embed @ mask_features.flatten(2), mask_features)
 
 
 def reference(

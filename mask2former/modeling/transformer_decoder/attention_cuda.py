@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -19,12 +17,12 @@ MAX_MASK_DIM = 512
 
 def supported(heads: int, dim: int, mask_dim: int = 0) -> bool:
     """Whether there is a kernel for so many heads, channels of a head, and channels of the mask embedding (0: no mask)."""
-    return (
-        1 <= heads <= MAX_HEADS
-        and dim in HEAD_DIMS
-        and mask_dim % MASK_DIM_STEP == 0
-        and 0 <= mask_dim <= MAX_MASK_DIM
-    )
+    return 1 <= heads <= MAX_HEADS and dim in HEAD_DIMS and (mask_dim == 0 or supported_mask_dim(mask_dim))
+
+
+def supported_mask_dim(mask_dim: int) -> bool:
+    """Whether there is a kernel for mask embeddings of so many channels."""
+    return mask_dim % MASK_DIM_STEP == 0 and 0 < mask_dim <= MAX_MASK_DIM
 
 
 @torch.compiler.assume_constant_result
@@ -93,24 +91,25 @@ def mask_product(mask_embed: Tensor, features: Tensor) -> Tensor:
     return out
 
 
-def resize_mask_features(features: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Features (B, H, W, C) float16 or bfloat16, resized by the kernel to each (h, w): (B, h * w, C) each."""
+def resize_mask_features(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Features (B, H, W, C) float16 or bfloat16, resized by the kernel to (h, w): (B, h * w, C)."""
     features = _aligned(features.contiguous())
     batch, height, width, channels = features.shape
-    outs = [features.new_empty(batch, h * w, channels) for h, w in sizes]
+    out = features.new_empty(batch, size[0] * size[1], channels)
     with torch.cuda.device(features.device):
         kernels.load().resize_mask_features(
             features.data_ptr(),
-            [out.data_ptr() for out in outs],
-            list(sizes),
+            out.data_ptr(),
             dtype=kernels.dtype_name(features),
             batch=batch,
             height=height,
             width=width,
             channels=channels,
+            out_height=size[0],
+            out_width=size[1],
             stream=kernels.stream_of(features),
         )
-    return outs
+    return out
 
 
 @torch.library.custom_op(

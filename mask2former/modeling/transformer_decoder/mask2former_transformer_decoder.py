@@ -9,6 +9,7 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from .. import shape_ops
+from . import attention_core
 from .attention import MLP, CrossAttentionLayer, FFNLayer, PixelMemory, SelfAttentionLayer
 from .position_encoding import PositionEmbeddingSine
 
@@ -166,8 +167,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         return outputs
 
     def _predict(self, normed: Tensor, mask_embed: Tensor, mask_features: Tensor) -> dict:
-        masks = mask_embed @ mask_features.flatten(2)  # (B, Q, H/4 * W/4)
         return {
             "pred_logits": self.class_embed(normed),
-            "pred_masks": shape_ops.unflatten_like(masks, mask_features),
+            "pred_masks": attention_core.mask_product(mask_embed, mask_features),
         }
