@@ -4,6 +4,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "ms_deform_attn/model_kernel.cuh"
 #include "ms_deform_attn/sampling.cuh"
 
 namespace d2_trt {
@@ -26,6 +27,8 @@ struct Problem {
     std::int32_t tile_width_log2, tile_height_log2;
 };
 
+// For any sizes; model_kernel.cuh has the one for Mask2Former's own, which is faster.
+//
 // A block covers a tile of queries of one level for one head: neighbours look at the same values, which L1 then holds.
 // `kLanes` lanes share a query. First they share the softmax and the locations, one sample each in turn, and leave the
 // samples in shared memory; then each lane sums its own channels over all samples. kVector: the lanes have all channels
@@ -212,10 +215,46 @@ void launch_lanes(Problem const& problem, std::int64_t batch, cudaStream_t strea
     }
 }
 
+bool model_kernel_takes(Problem const& problem, DType sampling_type) {
+    return problem.heads == model_kernel::kHeads && problem.dim == model_kernel::kDim &&
+           problem.levels == model_kernel::kLevels && problem.points == model_kernel::kPoints &&
+           problem.pixels <= model_kernel::kMaxPixels &&
+           reinterpret_cast<std::uintptr_t>(problem.offsets) % (2 * size_of(sampling_type)) == 0;
+}
+
+template <typename T, typename S>
+void launch_model_kernel(Problem const& problem, std::int64_t batch, cudaStream_t stream) {
+    model_kernel::Problem given{};
+    given.value = problem.value;
+    given.offsets = problem.offsets;
+    given.logits = problem.logits;
+    given.out = problem.out;
+    given.device_levels = problem.device_levels;
+    for (int i = 0; i < model_kernel::kLevels; ++i) {
+        given.sizes[i][0] = problem.sizes[i][0];
+        given.sizes[i][1] = problem.sizes[i][1];
+    }
+    given.pixels = problem.pixels;
+    given.batch = static_cast<std::int32_t>(batch);
+    int device = 0, multiprocessors = 0;
+    check_cuda(cudaGetDevice(&device), "ms_deform_attn");
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "ms_deform_attn");
+    constexpr int kUnitHeads = sizeof(T) == 2 ? 2 : 1;
+    model_kernel::kernel<T, S, kUnitHeads, model_kernel::kPoints>
+        <<<multiprocessors, model_kernel::kWarps * 32, 0, stream>>>(given);
+    check_cuda(cudaGetLastError(), "ms_deform_attn");
+}
+
+template <typename T, typename S>
+void launch_sizes(Problem const& problem, DType sampling_type, std::int64_t batch, cudaStream_t stream) {
+    if (model_kernel_takes(problem, sampling_type)) return launch_model_kernel<T, S>(problem, batch, stream);
+    launch_lanes<T, S>(problem, batch, stream);
+}
+
 template <typename T>
 void launch_types(Problem const& problem, DType sampling_type, std::int64_t batch, cudaStream_t stream) {
-    if (sampling_type == DType::kFloat32) return launch_lanes<T, float>(problem, batch, stream);
-    if constexpr (!std::is_same_v<T, float>) return launch_lanes<T, T>(problem, batch, stream);
+    if (sampling_type == DType::kFloat32) return launch_sizes<T, float>(problem, sampling_type, batch, stream);
+    if constexpr (!std::is_same_v<T, float>) return launch_sizes<T, T>(problem, sampling_type, batch, stream);
 }
 
 void run(

@@ -1,6 +1,6 @@
 """Multi-scale deformable attention: the path through grid_sample and its gradient on any machine, our kernel on a GPU.
 
-Under NVIDIA's checker: compute-sanitizer python -m pytest -x tests/mask2former/test_ms_deform_attn.py -k small
+Under NVIDIA's checker: tools/sanitize_kernels.py.
 """
 
 from __future__ import annotations
@@ -208,6 +208,97 @@ def test_small_kernel_with_any_number_of_points_and_heads(points, dim):
         assert error(run_kernel(*inputs, shapes=shapes), definition(*inputs, shapes)) < TOLERANCE[F32]
 
 
+# Three levels, for the kernel of the model's own sizes: 8 heads of 32 channels, 4 points.
+MODEL_PYRAMIDS = {
+    "three levels": PYRAMIDS["three levels"],
+    "first level empty": ((0, 4), (5, 6), (7, 2)),
+    "only the first level": ((6, 5), (0, 0), (3, 0)),
+    "one pixel each": ((1, 1), (1, 1), (1, 1)),
+    "one row or column": ((20, 1), (1, 30), (2, 2)),
+    "wide and high": ((37, 11), (5, 40), (9, 3)),
+}
+DTYPES = ((F32, F32), (F16, F16), (F16, F32), (BF16, BF16), (BF16, F32))
+
+
+@on_gpu
+@pytest.mark.parametrize("name", MODEL_PYRAMIDS)
+@pytest.mark.parametrize(("dtype", "sampling"), DTYPES)
+def test_small_kernel_of_the_models_sizes_equals_the_definition(name, dtype, sampling):
+    shapes = MODEL_PYRAMIDS[name]
+    for batch in (1, 3):
+        inputs = random_inputs(
+            shapes, batch=batch, heads=8, dim=32, points=4, dtype=dtype, sampling=sampling, device="cuda"
+        )
+        actual = run_kernel(*inputs, shapes=shapes)
+        assert error(actual, definition(*inputs, shapes)) < TOLERANCE[dtype]
+
+
+@on_gpu
+def test_small_kernels_agree_on_the_models_sizes():
+    """Offsets at an odd address keep the general kernel at work."""
+    shapes = MODEL_PYRAMIDS["wide and high"]
+    for dtype, sampling in DTYPES:
+        inputs = random_inputs(
+            shapes, heads=8, dim=32, points=4, dtype=dtype, sampling=sampling, device="cuda"
+        )
+        actual = run_kernel(*inputs, shapes=shapes)
+        value, offsets, logits = inputs
+        odd = torch.cat((offsets.new_zeros(1), offsets.flatten()))[1:]
+        assert odd.data_ptr() % (2 * odd.element_size())
+        general = torch.empty_like(actual)
+        kernels.load().ms_deform_attn(
+            value.data_ptr(),
+            odd.data_ptr(),
+            logits.data_ptr(),
+            general.data_ptr(),
+            level_sizes=list(shapes),
+            **arguments(value, offsets),
+        )
+        assert error(actual, general) < 2 * TOLERANCE[dtype]
+
+
+def arguments(value, offsets) -> dict:
+    batch, _, heads, dim = value.shape
+    return {
+        "value_dtype": kernels.dtype_name(value),
+        "sampling_dtype": kernels.dtype_name(offsets),
+        "batch": batch,
+        "heads": heads,
+        "dim": dim,
+        "points": offsets.shape[4],
+        "stream": kernels.stream_of(value),
+    }
+
+
+@on_gpu
+@pytest.mark.parametrize(("heads", "dim", "points"), [(8, 32, 4), (2, 8, 3)])
+@pytest.mark.parametrize("name", MODEL_PYRAMIDS)
+def test_small_kernel_reads_level_sizes_on_the_device(name, heads, dim, points):
+    shapes = MODEL_PYRAMIDS[name]
+    value, offsets, logits = random_inputs(shapes, heads=heads, dim=dim, points=points, device="cuda")
+    expected = run_kernel(value, offsets, logits, shapes=shapes)
+
+    def run(sizes) -> torch.Tensor:
+        out = torch.zeros_like(expected)
+        sizes = torch.tensor(sizes, dtype=torch.int32, device="cuda")
+        kernels.load().ms_deform_attn_device_levels(
+            value.data_ptr(),
+            offsets.data_ptr(),
+            logits.data_ptr(),
+            out.data_ptr(),
+            level_sizes=sizes.data_ptr(),
+            levels=len(shapes),
+            pixels=value.shape[1],
+            **arguments(value, offsets),
+        )
+        return out
+
+    assert torch.equal(run(shapes), expected)
+    last = shapes[-1]
+    for wrong in ((last[0] + 1, last[1] + 1), (-last[0] - 1, -1), (1 << 30, 1 << 30)):
+        assert run((*shapes[:-1], wrong)).isnan().all()
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 def test_kernel_at_full_size(dtype):
@@ -217,10 +308,17 @@ def test_kernel_at_full_size(dtype):
     assert error(run_kernel(*inputs, shapes=shapes), definition(*inputs, shapes)) < 2 * TOLERANCE[dtype]
 
 
+SIZES = pytest.mark.parametrize(
+    ("shapes", "sizes"),
+    [(((4, 5), (2, 3)), {}), (((4, 5), (2, 3), (3, 1)), {"heads": 8, "dim": 32, "points": 4})],
+    ids=["general", "the model's"],
+)
+
+
 @on_gpu
-def test_small_kernel_far_outside_and_at_the_edges():
-    shapes = ((4, 5), (2, 3))
-    value, offsets, logits = random_inputs(shapes, device="cuda")
+@SIZES
+def test_small_kernel_far_outside_and_at_the_edges(shapes, sizes):
+    value, offsets, logits = random_inputs(shapes, device="cuda", **sizes)
     for number in (1e4, -1e4, 3e38, -3e38, float("inf"), float("-inf"), float("nan")):
         assert not run_kernel(value, torch.full_like(offsets, number), logits, shapes=shapes).any()
     for step in (0.0, 0.5, -0.5, 1.0, -1.0):
@@ -230,9 +328,9 @@ def test_small_kernel_far_outside_and_at_the_edges():
 
 
 @on_gpu
-def test_small_kernel_with_extreme_logits():
-    shapes = ((4, 5), (2, 3))
-    value, offsets, logits = random_inputs(shapes, device="cuda")
+@SIZES
+def test_small_kernel_with_extreme_logits(shapes, sizes):
+    value, offsets, logits = random_inputs(shapes, device="cuda", **sizes)
     for scale in (1e4, -1e4, 1e30):
         actual = run_kernel(value, offsets, logits * scale, shapes=shapes)
         assert error(actual, definition(value, offsets, logits * scale, shapes)) < TOLERANCE[F32]
