@@ -21,7 +21,7 @@ struct TileSums {
 };
 
 template <typename T, bool kPads, bool kResizes>
-__global__ void __launch_bounds__(kThreads) mask_kernel(MaskArgs const args, T const* __restrict__ masks) {
+__global__ void __launch_bounds__(kThreads, 3) mask_kernel(MaskArgs const args, T const* __restrict__ masks) {
     int const queries = args.queries, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Geometry const& g = args.geometry;
     int const slots = args.report[ReportLayout{queries, args.topk}.slots()];
@@ -64,15 +64,26 @@ __global__ void __launch_bounds__(kThreads) mask_kernel(MaskArgs const args, T c
         winner[r] = -1;
     }
 
+    RowWindow<3> window;
+    bool const fits = window.template fit<kPads>(rows, kRows, g.mask_h, g.mask_w);
     for (int s = 0; s < slots; ++s) {
         T const* plane = masks + slot_query[s] * args.masks.query_stride;
         float const score = slot_score[s];
         bool const masked = slot_masked[s] != 0;
         unsigned fixed = 0;
         int positive = 0, inside = 0;
+        float logits[kRows];
+        if (fits) {
+            ColumnSampler<T, kPads, kResizes, 3> const mask(plane, columns, window);
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) logits[r] = mask.at(rows[r]);
+        } else {
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) logits[r] = sample<kPads, kResizes>(plane, rows[r], columns);
+        }
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-            float logit = sample<kPads, kResizes>(plane, rows[r], columns);
+            float const logit = logits[r];
             float prob = sigmoid(logit);
             if (masked) {
                 bool hit = valid[r] && logit > 0.0f;

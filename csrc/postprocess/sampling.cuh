@@ -156,64 +156,89 @@ __host__ __device__ inline float sample(T const* __restrict__ plane, AxisTaps co
     return blend(blend(value, right, columns.outer), blend(below, across, columns.outer), rows.outer);
 }
 
-// One mask along a column of output pixels. What a row of the mask gives at this column's places is kept for as long as the
-// next reads of it follow: those of an enlarged mask mostly do, and neighbouring pixels share them.
-template <typename T, bool kPads, bool kResizes>
+// Rows of a mask that a few consecutive rows of the output read, if they are few: those of an enlarged mask are. All are
+// read at once, so that no read waits for another, and each once for all rows of the output. kSpan: how many.
+template <int kSpan>
+struct RowWindow {
+    int first;  // place of the first row, after scale_places
+    int step;   // to the next row
+    int last;   // place of the mask's last row
+
+    // Turns the places in `rows` (count, all after scale_places) into places in the window. False, and `rows` as they
+    // were, where they do not fit.
+    template <bool kPads>
+    __host__ __device__ bool fit(AxisTaps* rows, int count, int mask_h, int mask_w) {
+        first = rows[0].at[0];
+        step = mask_w;
+        last = (mask_h - 1) * mask_w;
+        for (int r = 0; r < count; ++r) {
+            for (int i = 0; i < 4; i += 2) {
+                int const place = (rows[r].at[i] - first) / step;
+                if (place < 0 || place > kSpan - (kPads ? 2 : 1)) return false;
+            }
+        }
+        for (int r = 0; r < count; ++r) {
+            for (int i = 0; i < 4; i += 2) rows[r].at[i] = (rows[r].at[i] - first) / step;
+        }
+        return true;
+    }
+};
+
+// One mask along a column of output pixels, for rows that fit a window.
+template <typename T, bool kPads, bool kResizes, int kSpan>
 class ColumnSampler {
 public:
     // `plane` is one mask (mask_h, mask_w).
-    __host__ __device__ ColumnSampler(T const* __restrict__ plane, AxisTaps const& columns)
-        : plane_(plane), columns_(columns) {}
+    __host__ __device__ ColumnSampler(T const* __restrict__ plane, AxisTaps const& columns, RowWindow<kSpan> const& window)
+        : columns_(columns) {
+        T raw[kSpan][kTaps];
+#pragma unroll
+        for (int k = 0; k < kSpan; ++k) {
+            int const place = window.first + k * window.step;
+            T const* row = plane + (place < window.last ? place : window.last);
+#pragma unroll
+            for (int j = 0; j < kTaps; ++j) raw[k][j] = row[columns.at[kPads ? j : 2 * j]];
+        }
+#pragma unroll
+        for (int k = 0; k < kSpan; ++k) {
+#pragma unroll
+            for (int j = 0; j < kPlaces; ++j) {
+                rows_[k][j] = kPads ? blend(load_float(&raw[k][2 * j]), load_float(&raw[k][2 * j + 1]), columns.inner[j])
+                                    : load_float(&raw[k][j]);
+            }
+        }
+    }
 
-    // The logit at a row of the output, given its taps after scale_places.
-    __host__ __device__ float at(AxisTaps const& rows) {
-        Pair const above = padded(rows, 0);
-        if (!kResizes) return above.x[0];
-        float const top = blend(above.x[0], above.x[1], columns_.outer);
-        Pair const below = padded(rows, 1);
-        return blend(top, blend(below.x[0], below.x[1], columns_.outer), rows.outer);
+    // The logit at a row of the output, given its taps after RowWindow::fit.
+    __host__ __device__ float at(AxisTaps const& rows) const {
+        float place[2][2];
+#pragma unroll
+        for (int i = 0; i < kPlaces; ++i) {
+#pragma unroll
+            for (int j = 0; j < kPlaces; ++j) {
+                // Beyond the mask's last row the window repeats it, as the taps do.
+                float const above = pick(rows.at[2 * i], rows_[0][j], rows_[1][j], rows_[2][j], rows_[kSpan - 1][j]);
+                float const below = pick(rows.at[2 * i], rows_[1][j], rows_[2][j], rows_[kSpan - 1][j], 0.0f);
+                place[i][j] = kPads ? blend(above, below, rows.inner[i]) : above;
+            }
+        }
+        if (!kResizes) return place[0][0];
+        return blend(blend(place[0][0], place[0][1], columns_.outer), blend(place[1][0], place[1][1], columns_.outer), rows.outer);
     }
 
 private:
-    // Values at the two places of the image that the column reads; only the first counts where nothing resizes.
-    struct Pair {
-        float x[2];
-    };
-
-    __host__ __device__ Pair row_of_mask(int place) const {
-#ifdef __CUDA_ARCH__
-        asm volatile("" : "+r"(place));  // else its sums with the columns are kept for all masks, in 32 registers
-#endif
-        T const* row = plane_ + place;
-        Pair pair{};
-        for (int j = 0; j < (kResizes ? 2 : 1); ++j) {
-            float const left = load_float(row + columns_.at[2 * j]);
-            pair.x[j] = kPads ? blend(left, load_float(row + columns_.at[2 * j + 1]), columns_.inner[j]) : left;
-        }
-        return pair;
+    static_assert(kSpan == 3 || kSpan == 4);
+    // By value: an index into an array would put it into memory.
+    __host__ __device__ static float pick(int which, float x0, float x1, float x2, float x3) {
+        float const early = which == 0 ? x0 : x1, late = which == 2 ? x2 : x3;
+        return which < 2 ? early : late;
     }
 
-    // A row of the padded image.
-    __host__ __device__ Pair padded(AxisTaps const& rows, int i) {
-        int const first = rows.at[2 * i], second = rows.at[2 * i + 1];
-        if (first != first_) {
-            first_row_ = first == second_ ? second_row_ : row_of_mask(first);
-            first_ = first;
-        }
-        if (!kPads) return first_row_;
-        if (second != second_) {
-            second_row_ = second == first_ ? first_row_ : row_of_mask(second);
-            second_ = second;
-        }
-        Pair pair{};
-        for (int j = 0; j < (kResizes ? 2 : 1); ++j) pair.x[j] = blend(first_row_.x[j], second_row_.x[j], rows.inner[i]);
-        return pair;
-    }
+    static constexpr int kPlaces = kResizes ? 2 : 1;           // of the padded image, along an axis
+    static constexpr int kTaps = kPads ? 2 * kPlaces : kPlaces;  // of the mask
 
-    T const* plane_;
     AxisTaps const& columns_;
-    int first_ = -1, second_ = -1;  // places of the rows that are kept
-    Pair first_row_{}, second_row_{};
+    float rows_[kSpan][kPlaces];
 };
 
 }  // namespace d2_trt::postprocess

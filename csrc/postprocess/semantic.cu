@@ -74,23 +74,39 @@ struct ChunkProbs {
 };
 static_assert(kStride % 8 == 4 && kStride >= kChunk / 2 + 3);
 
+// Rows of a tile, as sampling reads them.
+struct TileRows {
+    AxisTaps taps[kTileHeight];
+    RowWindow<4> window;
+    bool fit;  // taps are in the window
+};
+
 // The warp's queries of a chunk, each at the column of pixels that is the lane's.
 template <typename T, bool kPads, bool kResizes>
 __device__ void sample_chunk(SemanticArgs const& args, T const* __restrict__ masks, AxisTaps const& columns,
-                             AxisTaps const* rows, int first, ChunkProbs& probs) {
+                             TileRows const& rows, int first, ChunkProbs& probs) {
     int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    auto const keep = [&](int i, int r, float prob) {
+        __half const high = __float2half_rn(kScale * prob);
+        int const at = ChunkProbs::at(r * kTileWidth + lane) + i;
+        probs.high[at] = high;
+        probs.low[at] = __float2half_rn(kScale * prob - __half2float(high));
+    };
 #pragma unroll 1
     for (int i = warp * kWarpQueries; i < (warp + 1) * kWarpQueries; ++i) {
         int const q = first + i;
-        bool const exists = q < args.queries;
-        ColumnSampler<T, kPads, kResizes> mask(masks + (exists ? q : 0) * args.masks.query_stride, columns);
+        T const* plane = masks + q * args.masks.query_stride;
+        if (q >= args.queries) {
+            for (int r = 0; r < kTileHeight; ++r) keep(i, r, 0.0f);
+        } else if (rows.fit) {
+            ColumnSampler<T, kPads, kResizes, 4> const mask(plane, columns, rows.window);
+#pragma unroll 2
+            for (int r = 0; r < kTileHeight; ++r) keep(i, r, sigmoid(mask.at(rows.taps[r])));
+        } else {
 #pragma unroll 1
-        for (int r = 0; r < kTileHeight; ++r) {
-            float const value = exists ? kScale * sigmoid(mask.at(rows[r])) : 0.0f;
-            __half const high = __float2half_rn(value);
-            int const at = ChunkProbs::at(r * kTileWidth + lane) + i;
-            probs.high[at] = high;
-            probs.low[at] = __float2half_rn(value - __half2float(high));
+            for (int r = 0; r < kTileHeight; ++r) {
+                keep(i, r, sigmoid(sample<kPads, kResizes>(plane, rows.taps[r], columns)));
+            }
         }
     }
 }
@@ -100,7 +116,7 @@ template <typename T, int kTiles, bool kPads, bool kResizes>
 __global__ void __launch_bounds__(kThreads, kTiles > 3 ? 1 : 2)
     semantic_kernel(SemanticArgs const args, T const* __restrict__ masks, int const query_tiles) {
     __shared__ __align__(16) ChunkProbs probs;
-    __shared__ AxisTaps rows[kTileHeight];
+    __shared__ TileRows rows;
     __shared__ float share_best[kShares][kTile];
     __shared__ int share_class[kShares][kTile];
     Geometry const& g = args.geometry;
@@ -115,8 +131,10 @@ __global__ void __launch_bounds__(kThreads, kTiles > 3 ? 1 : 2)
     if (threadIdx.x < kTileHeight) {
         AxisTaps taps = row_taps<kPads, kResizes>(g, min(y0 + static_cast<int>(threadIdx.x), g.out_h - 1));
         scale_places(taps, g.mask_w);
-        rows[threadIdx.x] = taps;
+        rows.taps[threadIdx.x] = taps;
     }
+    __syncthreads();
+    if (threadIdx.x == 0) rows.fit = rows.window.template fit<kPads>(rows.taps, kTileHeight, g.mask_h, g.mask_w);
     float best = -1.0f;  // of the thread's own pixel, the first kTile threads
     int best_class = 0;
 
