@@ -16,9 +16,18 @@ constexpr int kHeads = 8, kDim = 32, kLevels = 3, kPoints = 4;
 constexpr int kSamples = kLevels * kPoints;
 constexpr int kRows = 8;                  // pairs of query and head that a warp works on at a time: a "unit"
 constexpr int kRowStride = kSamples | 1;  // of samples in shared memory; odd, so that rows lie in different banks
-constexpr int kWarps = 24;                // of a block, of which a multiprocessor has one: 80 registers a thread
 constexpr int kBand = 8;                  // rows of units that are walked column by column
 constexpr std::int64_t kMaxPixels = 1 << 20;  // of an image: the walk divides in float32
+
+// A multiprocessor has one block. More samples on their way at once leave registers for fewer warps.
+template <typename T>
+struct Choice {  // 16-bit values: 72 registers a thread
+    static constexpr int kUnitHeads = 2, kAtOnce = 2, kWarps = 28;
+};
+template <>
+struct Choice<float> {  // 80 registers
+    static constexpr int kUnitHeads = 1, kAtOnce = 4, kWarps = 24;
+};
 
 struct Problem {
     void const* value;
@@ -191,15 +200,16 @@ __device__ __forceinline__ void add_level(
 // A warp takes a unit: 8 queries for one head, or 4 for two. First, 4 lanes for each row of query and head share its
 // softmax and locations, a point of each level each, and leave the samples in shared memory; then lanes sum 16 bytes of
 // channels each over all samples of a row. kUnitHeads: 2 for 16-bit values, 1 for float32, whose heads have whole lines.
-template <typename T, typename S, int kUnitHeads, int kAtOnce, int kBlockWarps = kWarps>
-__global__ void __launch_bounds__(kBlockWarps * 32, 1) kernel(__grid_constant__ Problem const problem) {
+template <typename T, typename S>
+__global__ void __launch_bounds__(Choice<T>::kWarps * 32, 1) kernel(__grid_constant__ Problem const problem) {
+    constexpr int kUnitHeads = Choice<T>::kUnitHeads, kAtOnce = Choice<T>::kAtOnce, kWarps = Choice<T>::kWarps;
     constexpr int kLanes = kDim * sizeof(T) / 16;  // for the channels of a head
     constexpr int kPixel = kHeads * kLanes;
     constexpr int kGroups = kHeads / kUnitHeads;
     constexpr int kUnitWidth = 4, kUnitHeight = kRows / kUnitHeads / kUnitWidth;
     using Two = typename Pair<S>::Raw;
     __shared__ Plan plan;
-    __shared__ __align__(16) Sample all_samples[kBlockWarps][kRows * kRowStride];
+    __shared__ __align__(16) Sample all_samples[kWarps][kRows * kRowStride];
     int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp == 0) make_plan<kUnitWidth, kUnitHeight, kPixel>(problem, plan);
     __syncthreads();
@@ -289,7 +299,7 @@ __global__ void __launch_bounds__(kBlockWarps * 32, 1) kernel(__grid_constant__ 
 
         // The next unit's inputs are on their way while this one is summed.
         int const unit_image = image, first_head = group * kUnitHeads, unit_at = at, unit_x = x0, unit_y = y0;
-        item += kBlockWarps;
+        item += kWarps;
         find();
         bool const more = image < problem.batch;
         if (more) load();

@@ -239,9 +239,7 @@ void launch_model_kernel(Problem const& problem, std::int64_t batch, cudaStream_
     int device = 0, multiprocessors = 0;
     check_cuda(cudaGetDevice(&device), "ms_deform_attn");
     check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "ms_deform_attn");
-    constexpr int kUnitHeads = sizeof(T) == 2 ? 2 : 1;
-    model_kernel::kernel<T, S, kUnitHeads, model_kernel::kPoints>
-        <<<multiprocessors, model_kernel::kWarps * 32, 0, stream>>>(given);
+    model_kernel::kernel<T, S><<<multiprocessors, model_kernel::Choice<T>::kWarps * 32, 0, stream>>>(given);
     check_cuda(cudaGetLastError(), "ms_deform_attn");
 }
 
