@@ -155,7 +155,7 @@ class _Rounding(TorchFunctionMode):
         """attention_core's functions by our plugin: all is taken in half but the mask embedding, and summed in float32."""
         if not self._low(self._stack.name):
             return original(*args)
-        embedding = 4 if original.__name__ == "masked_attention" else None
+        embedding = 5 if original.__name__ == "masked_attention" else None
         return self._round(
             self._plugin(original, *(x if i == embedding else self._round(x) for i, x in enumerate(args)))
         )

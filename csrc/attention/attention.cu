@@ -169,6 +169,10 @@ void attention(AttentionTensors const& tensors, AttentionSizes const& sizes, cud
     check_stride(sizes.q_stride, sizes, "q");
     check_stride(sizes.k_stride, sizes, "k");
     check_stride(sizes.v_stride, sizes, "v");
+    bool const positions = tensors.q_pos != nullptr || tensors.k_pos != nullptr;
+    if (positions) check_stride(sizes.pos_stride, sizes, "positions");
+    require(
+        tensors.k_pos == nullptr || sizes.mask_dim == 0, "attention: positions of keys with a mask; add them to the keys");
     bool const half = tensors.type == DType::kFloat16 || tensors.type == DType::kBFloat16;
     require(half, "attention: q, k and v are float32; expected float16 or bfloat16");
     if (sizes.batch == 0 || sizes.queries == 0) return;
@@ -177,6 +181,8 @@ void attention(AttentionTensors const& tensors, AttentionSizes const& sizes, cud
     require_aligned(address(tensors.k), 16, "attention: k");
     require_aligned(address(tensors.v), 16, "attention: v");
     require_aligned(address(tensors.out), 16, "attention: out");
+    if (tensors.q_pos != nullptr) require_aligned(address(tensors.q_pos), 16, "attention: positions of q");
+    if (tensors.k_pos != nullptr) require_aligned(address(tensors.k_pos), 16, "attention: positions of k");
     if (sizes.mask_dim > 0) {
         require_aligned(address(tensors.mask_embed), 16, "attention: mask_embed");
         require_aligned(address(tensors.features), 16, "attention: features");
@@ -185,6 +191,9 @@ void attention(AttentionTensors const& tensors, AttentionSizes const& sizes, cud
     problem.q = tensors.q;
     problem.k = tensors.k;
     problem.v = tensors.v;
+    problem.q_pos = tensors.q_pos;
+    problem.k_pos = tensors.k_pos;
+    problem.pos_stride = sizes.pos_stride;
     problem.out = tensors.out;
     problem.queries = static_cast<std::int32_t>(sizes.queries);
     problem.rows = static_cast<std::int32_t>(rows_of(sizes));

@@ -27,14 +27,18 @@ struct AttentionSizes {
     std::int64_t q_stride = 0;  // at least heads * dim, multiples of 8
     std::int64_t k_stride = 0;
     std::int64_t v_stride = 0;
-    std::int64_t mask_dim = 0;  // channels of mask embedding and features; 0: no mask
+    std::int64_t pos_stride = 0;  // as the others; 0 where there are no positions
+    std::int64_t mask_dim = 0;    // channels of mask embedding and features; 0: no mask
 };
 
-// All in device memory. q, k, v, out and features are of `type`, float16 or bfloat16. Addresses are multiples of 16 bytes.
+// All in device memory. All but mask_embed and workspace are of `type`, float16 or bfloat16. Addresses are multiples of 16
+// bytes.
 struct AttentionTensors {
     void const* q = nullptr;             // (B, Q, heads * D), rows q_stride apart
     void const* k = nullptr;             // (B, K, heads * D), rows k_stride apart
     void const* v = nullptr;             // (B, K, heads * D), rows v_stride apart
+    void const* q_pos = nullptr;         // (Q, heads * D), rows pos_stride apart: added to q of every image; may be null
+    void const* k_pos = nullptr;         // (K, heads * D), likewise for k where there is no mask; may be null
     float const* mask_embed = nullptr;   // (B, Q, mask_dim) float32 within the range of `type`, contiguous; null: no mask
     void const* features = nullptr;      // (B, K, mask_dim), contiguous; null: no mask
     void* out = nullptr;                 // (B, Q, heads * D), contiguous

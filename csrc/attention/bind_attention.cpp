@@ -32,19 +32,22 @@ std::size_t workspace(
 }
 
 void forward(
-    std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t out, std::uintptr_t mask_embed,
-    std::uintptr_t features, std::uintptr_t workspace, std::string const& dtype, std::int64_t batch, std::int64_t queries,
-    std::int64_t keys, std::int64_t heads, std::int64_t dim, std::int64_t mask_dim, std::int64_t q_stride,
-    std::int64_t k_stride, std::int64_t v_stride, std::uintptr_t stream) {
+    std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t out, std::uintptr_t q_pos, std::uintptr_t k_pos,
+    std::uintptr_t mask_embed, std::uintptr_t features, std::uintptr_t workspace, std::string const& dtype,
+    std::int64_t batch, std::int64_t queries, std::int64_t keys, std::int64_t heads, std::int64_t dim, std::int64_t mask_dim,
+    std::int64_t q_stride, std::int64_t k_stride, std::int64_t v_stride, std::int64_t pos_stride, std::uintptr_t stream) {
     AttentionSizes sizes = sizes_of(batch, queries, keys, heads, dim, mask_dim);
     sizes.q_stride = q_stride;
     sizes.k_stride = k_stride;
     sizes.v_stride = v_stride;
+    sizes.pos_stride = pos_stride;
     AttentionTensors tensors;
     tensors.q = reinterpret_cast<void const*>(q);
     tensors.k = reinterpret_cast<void const*>(k);
     tensors.v = reinterpret_cast<void const*>(v);
     tensors.out = reinterpret_cast<void*>(out);
+    tensors.q_pos = reinterpret_cast<void const*>(q_pos);
+    tensors.k_pos = reinterpret_cast<void const*>(k_pos);
     tensors.mask_embed = reinterpret_cast<float const*>(mask_embed);
     tensors.features = reinterpret_cast<void const*>(features);
     tensors.workspace = reinterpret_cast<void*>(workspace);
@@ -85,9 +88,10 @@ void bind_attention(py::module_& module) {
         "Bytes of workspace that attention needs at most, on the current device.");
     module.def(
         "attention", &forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::kw_only(),
-        py::arg("mask_embed") = 0, py::arg("features") = 0, py::arg("workspace") = 0, py::arg("dtype"), py::arg("batch"),
-        py::arg("queries"), py::arg("keys"), py::arg("heads"), py::arg("dim"), py::arg("mask_dim") = 0, py::arg("q_stride"),
-        py::arg("k_stride"), py::arg("v_stride"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+        py::arg("q_pos") = 0, py::arg("k_pos") = 0, py::arg("mask_embed") = 0, py::arg("features") = 0,
+        py::arg("workspace") = 0, py::arg("dtype"), py::arg("batch"), py::arg("queries"), py::arg("keys"), py::arg("heads"),
+        py::arg("dim"), py::arg("mask_dim") = 0, py::arg("q_stride"), py::arg("k_stride"), py::arg("v_stride"),
+        py::arg("pos_stride") = 0, py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
         "Attention with masked attention's mask or none, see attention.h. Tensors are addresses on the stream's device.");
     module.def(
         "mask_product", &product, py::arg("embed"), py::arg("features"), py::arg("logits"), py::kw_only(), py::arg("dtype"),

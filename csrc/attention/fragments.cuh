@@ -47,6 +47,16 @@ __device__ __forceinline__ void load_words(std::uint32_t (&words)[kWords], void 
     }
 }
 
+// words += more, each sum rounded to T.
+template <typename T, int kWords>
+__device__ __forceinline__ void add_words(std::uint32_t (&words)[kWords], std::uint32_t const (&more)[kWords]) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+        float2 const a = unpack<T>(words[i]), b = unpack<T>(more[i]);
+        words[i] = pack<T>(a.x + b.x, a.y + b.y);
+    }
+}
+
 // Eight channels of a mask embedding as high + low, numbers of T, the rest being below what features resolve.
 template <typename T>
 __device__ __forceinline__ void high_and_low(

@@ -19,6 +19,8 @@ struct AttentionProblem {
     void const* q;
     void const* k;
     void const* v;
+    void const* q_pos;  // (Q, heads * D), rows pos_stride apart, added to the queries of every image; or null
+    void const* k_pos;  // the same of the keys, where they are not masked; or null
     void* out;
     std::uint32_t const* allowed;  // (B, tiles, rows): a bit for each key of a tile that the query may attend to
     unsigned char const* some;     // (B, rows, some_stride): of tiles together, whether there is such a key
@@ -26,7 +28,7 @@ struct AttentionProblem {
     float2* stats;                 // (B, Q, splits, heads): largest logit and sum of weights of a split
     std::int32_t queries, rows, keys, heads;
     std::int32_t some_stride;  // a multiple of 16
-    std::int64_t q_stride, k_stride, v_stride;
+    std::int64_t q_stride, k_stride, v_stride, pos_stride;
     std::int32_t tiles, tiles_per_split, splits;
     float scale;  // of the logits, for powers of 2: log2(e) / sqrt(D)
 };
@@ -45,7 +47,7 @@ template <int D, bool kMasked>
 struct Shape {
     static constexpr int kBlocks = kMasked ? 2 : 1;
     static constexpr int kWarps = kMasked ? 4 : 8;
-    static constexpr int kResident = D == 64 ? (kMasked ? 2 : 1) : (kMasked ? 3 : 2);
+    static constexpr int kResident = !kMasked ? 1 : D == 64 ? 2 : 3;
 };
 
 template <typename T, int D, bool kMasked>
@@ -93,8 +95,7 @@ __global__ void __launch_bounds__(Shape<D, kMasked>::kWarps * 32, Shape<D, kMask
 #pragma unroll
             for (int i = 0; i < kCopies; ++i) {
                 if (2 * kPieces >= kWarps * 32 || threadIdx.x < 2 * kPieces) {
-                    bool const past = row[i] >= left;
-                    copy_async(stage + to[i], past ? static_cast<unsigned char const*>(problem.k) : from[i], past);
+                    copy_async(stage + to[i], from[i], row[i] >= left);
                 }
                 from[i] += step[i];
             }
@@ -109,6 +110,18 @@ __global__ void __launch_bounds__(Shape<D, kMasked>::kWarps * 32, Shape<D, kMask
                           2 * ((image * problem.queries + first_row + g) * problem.q_stride + head * D) + 4 * kWords * t;
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i) load_words(queries[i / 2][i % 2], q + 16 * i * problem.q_stride, 8 * i + g < rows);
+    int const own = 2 * head * D + 4 * kWords * t;  // bytes before a lane's channels of a row
+    if (problem.q_pos != nullptr) {
+        auto const* const pos =
+            static_cast<unsigned char const*>(problem.q_pos) + 2 * (first_row + g) * problem.pos_stride + own;
+#pragma unroll
+        for (int i = 0; i < 2 * kBlocks; ++i) {
+            std::uint32_t words[kWords];
+            load_words(words, pos + 16 * i * problem.pos_stride, 8 * i + g < rows);
+            add_words<T>(queries[i / 2][i % 2], words);
+        }
+    }
+    auto const* const k_pos = static_cast<unsigned char const*>(problem.k_pos) + 2 * g * problem.pos_stride + own;
 
     // Of the same rows: keys of the next tile that they may attend to, and whether they may attend to all, for want of any.
     std::uint32_t next[kBlocks][2] = {};
@@ -146,6 +159,16 @@ __global__ void __launch_bounds__(Shape<D, kMasked>::kWarps * 32, Shape<D, kMask
     for (int tile = first_tile; tile < end_tile; ++tile) {
         int const left = problem.keys - tile * kTileKeys;
         std::uint32_t const valid = left >= kTileKeys ? 0xffffffffu : (1u << left) - 1u;
+        [[maybe_unused]] std::uint32_t positions[4][kWords];  // of key 8 j + g, as `words` below
+        if constexpr (!kMasked) {
+            if (problem.k_pos != nullptr) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    int const key = tile * kTileKeys + 8 * j;
+                    load_words(positions[j], k_pos + 2 * key * problem.pos_stride, key + g < problem.keys);
+                }
+            }
+        }
         wait_copies<kStages - 2>();
         sync_block();  // the tile is there, and nobody reads the one before
         copy_tile(tile + kStages - 1);
@@ -169,6 +192,9 @@ __global__ void __launch_bounds__(Shape<D, kMasked>::kWarps * 32, Shape<D, kMask
         for (int j = 0; j < 4; ++j) {
             std::uint32_t words[kWords];  // key 8 j + g, channels 2 kWords t and on
             read_words(words, keys + (8 * j + g) * Layout::kKPitch + 4 * kWords * t);
+            if constexpr (!kMasked) {
+                if (problem.k_pos != nullptr) add_words<T>(words, positions[j]);
+            }
 #pragma unroll
             for (int b = 0; b < kBlocks; ++b) {
                 if constexpr (kWords == 1) {
@@ -318,7 +344,7 @@ __global__ void __launch_bounds__(Shape<D, kMasked>::kWarps * 32, Shape<D, kMask
 template <typename T>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_kernel(__grid_constant__ AttentionProblem const problem, int dim, int head_count) {
-    constexpr int kAhead = 8;  // sums that a thread loads before it knows what they are worth
+    constexpr int kAhead = 6;  // sums that a thread loads before it knows what they are worth
     int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int const splits = problem.splits;
     auto* const sums = reinterpret_cast<float4*>(shared_memory());           // one a thread
@@ -331,14 +357,15 @@ __global__ void __launch_bounds__(kCombineThreads)
     int const workers = kCombineThreads / columns;  // of a column of four channels
     int const column = threadIdx.x % columns, worker = threadIdx.x / columns;
     int const head = column * 4 / dim;
-    auto const* const from =
+    auto const* from =
         reinterpret_cast<float4 const*>(problem.partial + row * splits * channels + first_head * dim) + column;
-    float4 ahead[kAhead];
+    bool const works = worker < workers;
+    std::int64_t const step = static_cast<std::int64_t>(workers) * (channels / 4);
+    from += static_cast<std::int64_t>(worker) * (channels / 4);
+    float4 ahead[kAhead] = {};
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-        int const s = worker + i * workers;
-        ahead[i] = {0.f, 0.f, 0.f, 0.f};
-        if (worker < workers && s < splits) ahead[i] = load(from + static_cast<std::int64_t>(s) * (channels / 4));
+    for (int i = 0; i < kAhead; ++i, from += step) {
+        if (works && worker + i * workers < splits) ahead[i] = load(from);
     }
     if (warp < head_count) {
         float2 const* const stats = problem.stats + row * splits * problem.heads + first_head + warp;
@@ -370,20 +397,21 @@ __global__ void __launch_bounds__(kCombineThreads)
         sum.z = fmaf(factor, part.z, sum.z);
         sum.w = fmaf(factor, part.w, sum.w);
     };
-    if (worker < workers) {
+    if (works) {
+        float const* factor = factors + head * splits + worker;
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            int const s = worker + i * workers;
-            if (s < splits) add(factors[head * splits + s], ahead[i]);
+        for (int i = 0; i < kAhead; ++i, factor += workers) {
+            if (worker + i * workers < splits) add(*factor, ahead[i]);
         }
 #pragma unroll 1
-        for (int s = worker + kAhead * workers; s < splits; s += workers) {
-            add(factors[head * splits + s], load(from + static_cast<std::int64_t>(s) * (channels / 4)));
+        for (int s = worker + kAhead * workers; s < splits; s += workers, factor += workers, from += step) {
+            add(*factor, load(from));
         }
         sums[threadIdx.x] = sum;
     }
     sync_block();
     if (worker != 0) return;
+#pragma unroll 1
     for (int i = 1; i < workers; ++i) add(1.f, sums[i * columns + column]);
     float const divided = 1.f / divisors[head];
     auto* const to =

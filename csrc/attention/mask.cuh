@@ -34,29 +34,32 @@ __global__ void __launch_bounds__(kMaskWarps * 32) mask_kernel(__grid_constant__
     int const channels = problem.channels, pieces = channels / 32;
     int const first_row = static_cast<int>(blockIdx.y) * kBlocks * kBlockRows;
     std::int64_t const image = blockIdx.z;
-    // (kBlocks, pieces, rows g or g + 8, high or low, lane): four words each, of the channels 8 t and on
+    // (kBlocks, pieces, first or second 16 channels, high or low, lane): the four words of a matrix A
     auto* const fragments = reinterpret_cast<uint4*>(shared_memory());
     unsigned char* const ring = shared_memory() + kBlocks * channels * 64 + warp * kMaskStages * kPieceBytes;
     unsigned char* const found = shared_memory() + kBlocks * channels * 64 + kMaskWarps * kMaskStages * kPieceBytes;
     int const groups = (problem.tiles + kMaskWarps - 1) / kMaskWarps;  // of tiles
 
-    // A lane copies channels 8 t and on of keys g, g + 8, ...: what it alone reads, so that its own wait is enough.
-    auto const* const features = static_cast<unsigned char const*>(problem.features) + 16 * t;
+    // A lane copies channels 8 t and on of keys g, g + 8, ...: what it alone reads, so that its own wait is enough. Where
+    // there is no such key the address is of nothing, and is not read.
+    std::int64_t const row_bytes = 2 * channels;
+    auto const* from = static_cast<unsigned char const*>(problem.features) + 16 * t +
+                       (image * problem.keys + (blockIdx.x * kMaskWarps + warp) * kTileKeys + g) * row_bytes;
+    unsigned char* const to = ring + g * 64 + 16 * t;
     int copied_group = blockIdx.x, copied_piece = 0, copied = 0;  // what is to be copied next
     auto const copy_next = [&] {
         if (copied_group < groups) {
-            int const tile = copied_group * kMaskWarps + warp;
-            int const left = problem.keys - tile * kTileKeys;  // none or less where there is no such tile
-            std::int64_t const key = image * problem.keys + static_cast<std::int64_t>(tile) * kTileKeys + g;
-            unsigned char* const to = ring + copied % kMaskStages * kPieceBytes + g * 64 + 16 * t;
+            int const left = problem.keys - (copied_group * kMaskWarps + warp) * kTileKeys - g;
+            unsigned char* const stage = to + copied % kMaskStages * kPieceBytes;
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                bool const past = 8 * j + g >= left;
-                copy_async(
-                    to + 512 * j, features + (past ? 0 : 2 * (key + 8 * j) * channels + 64 * copied_piece), past);
-            }
+            for (int j = 0; j < 4; ++j) copy_async(stage + 512 * j, from + 8 * j * row_bytes, 8 * j >= left);
             ++copied;
-            if (++copied_piece == pieces) copied_piece = 0, copied_group += gridDim.x;
+            from += 64;
+            if (++copied_piece == pieces) {
+                copied_piece = 0;
+                copied_group += gridDim.x;
+                from += static_cast<std::int64_t>(gridDim.x) * kMaskWarps * kTileKeys * row_bytes - row_bytes;
+            }
         }
         end_copies();
     };
@@ -68,6 +71,7 @@ __global__ void __launch_bounds__(kMaskWarps * 32) mask_kernel(__grid_constant__
     for (int item = warp; item < kBlocks * pieces; item += kMaskWarps) {
         int const row = first_row + item / pieces * kBlockRows + g;
         int const channel = item % pieces * 32 + 8 * t;
+        std::uint32_t high[2][4], low[2][4];  // rows g and g + 8
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             float4 values[2] = {};
@@ -77,11 +81,13 @@ __global__ void __launch_bounds__(kMaskWarps * 32) mask_kernel(__grid_constant__
                 values[0] = load(from);
                 values[1] = load(from + 1);
             }
-            std::uint32_t high[4], low[4];
-            high_and_low<T>(values[0], values[1], high, low);
-            fragments[(item * 4 + 2 * h) * 32 + lane] = {high[0], high[1], high[2], high[3]};
-            fragments[(item * 4 + 2 * h + 1) * 32 + lane] = {low[0], low[1], low[2], low[3]};
+            high_and_low<T>(values[0], values[1], high[h], low[h]);
         }
+        uint4* const to = fragments + item * 4 * 32 + lane;
+        to[0] = {high[0][0], high[1][0], high[0][1], high[1][1]};
+        to[32] = {low[0][0], low[1][0], low[0][1], low[1][1]};
+        to[64] = {high[0][2], high[1][2], high[0][3], high[1][3]};
+        to[96] = {low[0][2], low[1][2], low[0][3], low[1][3]};
     }
     sync_block();
 
@@ -102,22 +108,13 @@ __global__ void __launch_bounds__(kMaskWarps * 32) mask_kernel(__grid_constant__
             copy_next();
 #pragma unroll
             for (int b = 0; b < kBlocks; ++b) {
-                std::uint32_t e[2][2][4];  // rows g and g + 8, high and low
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    read_words(e[i / 2][i % 2], fragments + ((b * pieces + piece) * 4 + i) * 32 + lane);
-                }
+                    std::uint32_t e[4];
+                    read_words(e, fragments + ((b * pieces + piece) * 4 + i) * 32 + lane);
+                    int const s = i / 2 * 2;
 #pragma unroll
-                for (int part = 0; part < 2; ++part) {
-#pragma unroll
-                    for (int s = 0; s < 4; s += 2) {
-#pragma unroll
-                        for (int j = 0; j < 4; ++j) {
-                            multiply<T>(
-                                logits[b][j], e[0][part][s], e[1][part][s], e[0][part][s + 1], e[1][part][s + 1],
-                                f[j][s], f[j][s + 1]);
-                        }
-                    }
+                    for (int j = 0; j < 4; ++j) multiply<T>(logits[b][j], e[0], e[1], e[2], e[3], f[j][s], f[j][s + 1]);
                 }
             }
         }

@@ -91,7 +91,7 @@ __device__ __forceinline__ unsigned char* shared_memory() {
     return bytes;
 }
 
-// Copies 16 bytes to shared memory without waiting, or clears them; `from` must be a valid address in either case.
+// Copies 16 bytes to shared memory without waiting, or clears them, reading nothing.
 __device__ __forceinline__ void copy_async(void* to, void const* from, bool clear) {
 #if __CUDA_ARCH__ >= 800
     auto const shared = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));

@@ -1,8 +1,9 @@
 // The TensorRT plugin of the transformer decoder's attention: masked attention to pixels, and self-attention of queries.
 //
-// Masked, all LINEAR: queries (B, Q, C); keys (B, K, n * C) and values (B, K, n * C) of n layers side by side, of which
-// `part` says whose they are; mask embedding (B, Q, mask_dim) float32; mask features (B, K, mask_dim). Not masked: queries,
-// keys and values side by side (B, Q, 3 * C). Output: (B, Q, C). All of `type` but the mask embedding; C is heads * D.
+// Masked, all LINEAR: queries (B, Q, C); their positions (1, Q, C), which are added; keys (B, K, n * C) and values (B, K,
+// n * C) of n layers side by side, of which `part` says whose they are; mask embedding (B, Q, mask_dim) float32; mask
+// features (B, K, mask_dim). Not masked: queries, keys and values side by side (B, Q, 3 * C); positions of queries and keys
+// side by side (1, Q, 2 * C). Output: (B, Q, C). All of `type` but the mask embedding; C is heads * D.
 #pragma once
 
 #include "attention/attention.h"
@@ -13,7 +14,7 @@ namespace d2_trt::plugin {
 struct AttentionPlugin {
     static constexpr char const* kName = "D2TRTAttention";
     static constexpr char const* kVersion = "1";
-    enum Tensor : int { kQ = 0, kK = 1, kV = 2, kMaskEmbed = 3, kFeatures = 4, kMaskedInputs = 5 };
+    enum Tensor : int { kQ = 0, kPos = 1, kK = 2, kV = 3, kMaskEmbed = 4, kFeatures = 5, kMaskedInputs = 6 };
 
     std::int32_t type = 1;  // float16 or bfloat16
     std::int32_t heads = 0;
@@ -36,7 +37,7 @@ struct AttentionPlugin {
         require(part >= 0 && (masked == 1 || part == 0), "part is ", part, "; expected 0 or more, and 0 where not masked");
     }
 
-    int inputs() const { return masked ? kMaskedInputs : 1; }
+    int inputs() const { return masked ? kMaskedInputs : 2; }
     int outputs() const { return 1; }
     nvinfer1::DataType output_type(int) const { return trt_type(type); }
 
@@ -47,9 +48,10 @@ struct AttentionPlugin {
     }
 
     void check_ranks(nvinfer1::Dims const* in) const {
-        constexpr char const* kNames[kMaskedInputs] = {"queries", "keys", "values", "mask embedding", "mask features"};
+        constexpr char const* kNames[kMaskedInputs] = {
+            "queries", "positions", "keys", "values", "mask embedding", "mask features"};
         for (int i = 0; i < inputs(); ++i) {
-            require(in[i].nbDims == 3, masked ? kNames[i] : "input", " has ", in[i].nbDims, " dimensions; expected 3");
+            require(in[i].nbDims == 3, kNames[i], " have ", in[i].nbDims, " dimensions; expected 3");
         }
     }
 
@@ -80,6 +82,7 @@ struct AttentionPlugin {
         tensors.out = outputs[0];
         tensors.workspace = workspace;
         tensors.q = inputs[kQ];
+        tensors.q_pos = inputs[kPos];
         std::int64_t const channels = given.heads * given.dim;
         if (masked) {
             tensors.k = columns(inputs[kK], part * channels);
@@ -89,6 +92,7 @@ struct AttentionPlugin {
         } else {
             tensors.k = columns(inputs[kQ], channels);
             tensors.v = columns(inputs[kQ], 2 * channels);
+            tensors.k_pos = columns(inputs[kPos], channels);
         }
         attention(tensors, given, stream);
     }
@@ -111,6 +115,12 @@ private:
         sizes.queries = q[1];
         sizes.heads = heads;
         sizes.q_stride = q[2];
+        auto const& pos = dims[kPos].d;
+        sizes.pos_stride = pos[2];
+        std::int64_t const wanted = masked ? q[2] : q[2] / 3 * 2;
+        require(
+            pos[0] == 1 && pos[1] == q[1] && pos[2] == wanted, "positions are ", pos[0], "x", pos[1], "x", pos[2],
+            "; expected 1x", q[1], "x", wanted);
         if (!masked) {
             sizes.keys = q[1];
             sizes.dim = q[2] / (3 * heads);
@@ -128,7 +138,8 @@ private:
         sizes.mask_dim = embed[2];
         require(
             k[0] == q[0] && v[0] == q[0] && embed[0] == q[0] && features[0] == q[0],
-            "the batch of queries, keys, values, mask embedding and mask features is ", q[0], ", ", k[0], ", ", v[0], ", ", embed[0], ", ", features[0]);
+            "the batch of queries, keys, values, mask embedding and mask features is ", q[0], ", ", k[0], ", ", v[0], ", ",
+            embed[0], ", ", features[0]);
         require(
             v[1] == k[1] && features[1] == k[1], k[1], " keys, ", v[1], " values and ", features[1],
             " mask features; expected equally many");

@@ -103,29 +103,35 @@ def _blocked(g, logits, **types):
 
 
 @converts(_CORE + "masked_attention")
-def masked_attention(g, result, q, keys, values, part, mask_embed, mask_features, num_heads):
+def masked_attention(g, result, q, q_pos, keys, values, part, mask_embed, mask_features, num_heads):
     """The plugin takes keys and values of all layers of a level, so that nothing is cut out of them."""
     channels, mask_dim = q.shape[2], mask_embed.shape[2]
-    q, keys, values, mask_embed, mask_features = map(g.tensor, (q, keys, values, mask_embed, mask_features))
+    given = (q, q_pos, keys, values, mask_embed, mask_features)
+    q, q_pos, keys, values, mask_embed, mask_features = map(g.tensor, given)
     dtype, types = _precision(g, num_heads, channels // num_heads, mask_dim)
     if dtype is not None:
-        inputs = [g.cast(t, dtype) for t in (q, keys, values)]
+        inputs = [g.cast(t, dtype) for t in (q, q_pos, keys, values)]
         # In half precision the embedding would have fewer bits than its product with the features has.
         inputs += [g.cast(mask_embed, torch.float32), g.cast(mask_features, dtype)]
         return _plugin(g, inputs, dtype, num_heads, masked=1, part=part)
     blocked = _blocked(g, g.matmul(mask_embed, mask_features, transpose_b=True, **types), **types)
     k, v = (_columns(g, t, part, channels) for t in (keys, values))
+    q = g.elementwise("SUM", q, q_pos, **types)
     return _native(g, q, k, v, num_heads, blocked, **types)
 
 
 @converts(_CORE + "self_attention")
-def self_attention(g, result, qkv, num_heads):
+def self_attention(g, result, qkv, qk_pos, num_heads):
     channels = qkv.shape[2] // 3
-    qkv = g.tensor(qkv)
+    qkv, qk_pos = g.tensor(qkv), g.tensor(qk_pos)
     dtype, types = _precision(g, num_heads, channels // num_heads)
     if dtype is not None:
-        return _plugin(g, [g.cast(qkv, dtype)], dtype, num_heads, masked=0, part=0)
+        inputs = [g.cast(t, dtype) for t in (qkv, qk_pos)]
+        return _plugin(g, inputs, dtype, num_heads, masked=0, part=0)
     q, k, v = (_columns(g, qkv, part, channels) for part in range(3))
+    q, k = (
+        g.elementwise("SUM", t, _columns(g, qk_pos, part, channels), **types) for part, t in enumerate((q, k))
+    )
     return _native(g, q, k, v, num_heads, **types)
 
 

@@ -97,7 +97,7 @@ def test_decoder_with_our_plugin_stays_near_pytorch(registered, shapes, monkeypa
     # In half precision, but for the mask embedding.
     for layer in layers:
         types = [layer.get_input(i)._kept_dtype.name for i in range(layer.num_inputs)]
-        assert types == (["HALF"] * 3 + ["FLOAT", "HALF"] if "cross" in layer.name else ["HALF"])
+        assert types == (["HALF"] * 4 + ["FLOAT", "HALF"] if "cross" in layer.name else ["HALF"] * 2)
         assert layer.get_output(0).dtype.name == "HALF"
     for shape in (TRACED, *OTHERS, (1, 3, 64, 64)) if shapes is DYNAMIC else (TRACED,):
         assert max(errors(network, decoder, shape)) < 0.02, shape
@@ -129,7 +129,7 @@ def test_layers_of_a_level_share_keys_values_and_features(registered, monkeypatc
     layers = [layer for layer in attention_layers(network) if "cross" in layer.name]
     assert [layer.plugin._ours.fields["part"] for layer in layers] == [0, 0, 0, 1, 1, 1, 2]
     for first, second in zip(layers, layers[3:]):
-        assert all(first.get_input(i).name == second.get_input(i).name for i in (1, 2, 4))
+        assert all(first.get_input(i).name == second.get_input(i).name for i in (2, 3, 5))
     assert max(errors(network, decoder, TRACED)) < 0.02
 
 
@@ -201,9 +201,16 @@ def small_network(trt, dtype, masked: int, part: int = 0, heads: int = 2):  # no
     """A network of one plugin layer over inputs: 5 queries of 32 channels, 12 keys, two layers' keys and values."""
     network = build_network(trt)
     half = {F32: trt.float32, F16: trt.float16, BF16: getattr(trt, "bfloat16", trt.float16)}[dtype]
-    shapes = {"q": (2, 5, 32), "k": (2, 12, 64), "v": (2, 12, 64), "e": (2, 5, 32), "f": (2, 12, 32)}
+    shapes = {
+        "q": (2, 5, 32),
+        "pos": (1, 5, 32),
+        "k": (2, 12, 64),
+        "v": (2, 12, 64),
+        "e": (2, 5, 32),
+        "f": (2, 12, 32),
+    }
     if not masked:
-        shapes = {"q": (2, 5, 96)}
+        shapes = {"q": (2, 5, 96), "pos": (1, 5, 64)}
     inputs = [
         network.add_input(name, trt.float32 if name == "e" else half, shape) for name, shape in shapes.items()
     ]
@@ -222,10 +229,11 @@ def test_masked_layer_computes_the_definition(registered, part):  # noqa: F811
     network, values = small_network(registered, F16, 1, part)
     network.check()
     (out,) = network.evaluate(values).values()
-    q, k, v, embed, features = (x.float() for x in values.values())
+    q, pos, k, v, embed, features = (x.float() for x in values.values())
     k, v = k[..., 32 * part : 32 * part + 32], v[..., 32 * part : 32 * part + 32]
     assert (
-        out.dtype == F16 and relative_error(out, attention_core.reference(q, k, v, 2, embed, features)) < 2e-3
+        out.dtype == F16
+        and relative_error(out, attention_core.reference(q + pos, k, v, 2, embed, features)) < 2e-3
     )
 
 
@@ -233,7 +241,9 @@ def test_self_attention_layer_computes_the_definition(registered):  # noqa: F811
     network, values = small_network(registered, F16, 0)
     network.check()
     (out,) = network.evaluate(values).values()
-    assert relative_error(out, attention_core.reference(*values["q"].float().chunk(3, 2), 2)) < 2e-3
+    q, k, v = values["q"].float().chunk(3, 2)
+    q_pos, k_pos = values["pos"].float().chunk(2, 2)
+    assert relative_error(out, attention_core.reference(q + q_pos, k + k_pos, v, 2)) < 2e-3
 
 
 def test_what_the_plugin_does_not_have(registered):  # noqa: F811

@@ -88,21 +88,24 @@ class Attention(OurPlugin):
 
     def input_types(self):
         half = TYPE_NAMES[self.fields["type"]]
-        return [half, half, half, "FLOAT", half] if self.fields["masked"] else [half]
+        return [half, half, half, half, "FLOAT", half] if self.fields["masked"] else [half, half]
 
     def output_types(self):
         return [TYPE_NAMES[self.fields["type"]]]
 
-    def compute(self, q, *others):
-        if any(x.dim() != 3 for x in (q, *others)):
+    def compute(self, q, pos, *others):
+        if any(x.dim() != 3 for x in (q, pos, *others)):
             raise Refused("ranks must be 3")
         heads = self.fields["heads"]
         channels = q.shape[2] if others else q.shape[2] // 3
         mask_dim = others[2].shape[2] if others else 0
         if channels % heads or not attention_cuda.supported(heads, channels // heads, mask_dim):
             raise Refused(f"{heads} heads of {channels} channels with a mask of {mask_dim}")
+        if tuple(pos.shape) != (1, q.shape[1], channels if others else 2 * channels):
+            raise Refused(f"positions are {tuple(pos.shape)}")
         if not others:
-            return attention_core.reference(*q.chunk(3, 2), heads)
+            (q, k, v), (q_pos, k_pos) = q.chunk(3, 2), pos.chunk(2, 2)
+            return attention_core.reference(q + q_pos, k + k_pos, v, heads)
         k, v, mask_embed, features = others
         part = slice(self.fields["part"] * channels, (self.fields["part"] + 1) * channels)
         k, v = k[:, :, part], v[:, :, part]
@@ -113,7 +116,7 @@ class Attention(OurPlugin):
         for name, shape in wanted.items():
             if tuple(given[name].shape) != shape:
                 raise Refused(f"{name} is {tuple(given[name].shape)}, not {shape}")
-        return attention_core.reference(q, k, v, heads, mask_embed, features)
+        return attention_core.reference(q + pos, k, v, heads, mask_embed, features)
 
 
 class LayerNorm(OurPlugin):

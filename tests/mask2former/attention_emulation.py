@@ -12,13 +12,25 @@ from pathlib import Path
 import torch
 
 REPO = Path(__file__).resolve().parents[2]
-FIELDS = ("batch", "queries", "keys", "heads", "dim", "q_stride", "k_stride", "v_stride", "mask_dim")
+FIELDS = (
+    "batch",
+    "queries",
+    "keys",
+    "heads",
+    "dim",
+    "q_stride",
+    "k_stride",
+    "v_stride",
+    "pos_stride",
+    "mask_dim",
+)
+ADDRESSES = ("q", "k", "v", "q_pos", "k_pos", "mask_embed", "features", "out")
 OPTIONS = ("multiprocessors", "may_split", "backwards")
 
 
 class Arguments(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "mask_embed", "features", "out")),
+        *((name, ctypes.c_void_p) for name in ADDRESSES),
         *((name, ctypes.c_int64) for name in (*FIELDS, *OPTIONS)),
     ]
 
@@ -66,6 +78,8 @@ def attention(
     num_heads,
     mask_embed=None,
     mask_features=None,
+    q_pos=None,
+    k_pos=None,
     *,
     multiprocessors=6,
     may_split=True,
@@ -101,6 +115,11 @@ def attention(
     for name, tensor in inputs.items():
         setattr(arguments, name, tensor.data_ptr() + 2 * starts[name])
         setattr(arguments, f"{name}_stride", tensor.shape[2])
+    for name, pos in (("q_pos", q_pos), ("k_pos", k_pos)):
+        if pos is not None:
+            inputs[name] = packed(pos, 8, 0)
+            setattr(arguments, name, inputs[name].data_ptr() + 16)
+            arguments.pos_stride = inputs[name].shape[2]
     if mask_embed is not None:
         inputs["mask_embed"], inputs["features"] = _guarded(mask_embed.float()), _guarded(mask_features)
         arguments.mask_embed = inputs["mask_embed"].data_ptr()

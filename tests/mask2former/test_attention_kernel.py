@@ -99,6 +99,19 @@ def test_any_number_of_queries(run, queries, mask_dim):
     assert error(run(**given), expected(given)) < TOLERANCE[F16]
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("mask_dim", [0, 32], ids=lambda n: f"mask{n}")
+@pytest.mark.parametrize("dim", [8, 32], ids=lambda n: f"dim{n}")
+def test_positions_are_added(run, dim, mask_dim, dtype):
+    given = inputs(2, 20, 70 if mask_dim else 20, dim=dim, mask_dim=mask_dim, dtype=dtype)
+    rng = torch.Generator().manual_seed(5)
+    summed = dict(given)
+    for name in ("q", "k") if not mask_dim else ("q",):
+        given[f"{name}_pos"] = torch.randn(given[name][:1].shape, generator=rng).to(dtype)
+        summed[name] = given[name] + given[f"{name}_pos"]  # rounded, as the kernel does
+    assert error(run(**given), expected(summed)) < TOLERANCE[dtype]
+
+
 def set_mask(given, allowed):
     """Mask embedding and features whose product is exactly +1 where allowed (B, Q, K) and -1 elsewhere."""
     batch, queries, keys = allowed.shape
@@ -210,6 +223,8 @@ WRONG = {
     "keys and values": (lambda g: {"v": g["v"][:, :-1]}, r"v is \(1, 8, 64\)"),
     "another dtype": (lambda g: {"k": g["k"].bfloat16()}, "k is .*bfloat16; expected .*float16"),
     "features": (lambda g: {"mask_features": g["mask_features"][:, 1:]}, "mask_features is"),
+    "positions": (lambda g: {"q_pos": g["q"][:, 1:]}, r"q_pos is \(1, 4, 64\)"),
+    "positions of masked keys": (lambda g: {"k_pos": g["k"]}, "k_pos is given with a mask"),
     "heads": (lambda g: {"num_heads": 32}, "have no kernel; expected 1 to 256 heads"),
     "mask channels": (
         lambda g: {n: g[n][..., :40] for n in ("mask_embed", "mask_features")},
@@ -223,7 +238,7 @@ def test_wrong_arguments_are_named(name):
     change, message = WRONG[name]
     given = inputs(1, 5, 9)
     with pytest.raises(ValueError, match=message):
-        arguments = {"mask_embed": None, "mask_features": None, **given, **change(given)}
+        arguments = {"q_pos": None, "k_pos": None, **given, **change(given)}
         attention_cuda._check(**arguments)
 
 

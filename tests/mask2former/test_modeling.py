@@ -42,7 +42,8 @@ def test_self_attention_equals_torch_multihead_attention():
 
 def test_masked_attention_equals_torch_multihead_attention():
     layers = [with_random_biases(MaskedCrossAttention(16, 4)) for _ in range(3)]
-    query, pixels, position = torch.randn(2, 5, 16), torch.randn(2, 16, 3, 4), torch.randn(1, 16, 3, 4)
+    query, pos = torch.randn(2, 5, 16), torch.randn(1, 5, 16)
+    pixels, position = torch.randn(2, 16, 3, 4), torch.randn(1, 16, 3, 4)
     level_embed, mask_embed = torch.randn(16), torch.randn(2, 5, 8)
     mask_features = torch.randn(2, 8, 6, 8)
     keys, values, level_mask_features = PixelMemory()(pixels, position, level_embed, mask_features, layers)
@@ -52,16 +53,16 @@ def test_masked_attention_equals_torch_multihead_attention():
     value = pixels.flatten(2).transpose(1, 2) + level_embed
     key = value + position.flatten(2).transpose(1, 2)
     for part, layer in enumerate(layers):
-        actual = layer(query, keys, values, part, mask_embed, level_mask_features)
+        actual = layer(query, pos, keys, values, part, mask_embed, level_mask_features)
         mask = blocked.expand(-1, 4, -1, -1).flatten(0, 1)
-        expected = torchs_own(layer)(query, key, value, attn_mask=mask)[0]
+        expected = torchs_own(layer)(query + pos, key, value, attn_mask=mask)[0]
         torch.testing.assert_close(actual, expected)
 
 
 def test_no_gradient_flows_through_where_a_query_attends():
     q, memory = torch.randn(1, 3, 8, requires_grad=True), torch.randn(1, 6, 8, requires_grad=True)
     embed, features = (torch.randn(1, n, 4, requires_grad=True) for n in (3, 6))
-    attention_core.masked_attention(q, memory, memory, 0, embed, features, 2).sum().backward()
+    attention_core.masked_attention(q, q.detach()[:1], memory, memory, 0, embed, features, 2).sum().backward()
     assert q.grad is not None and memory.grad is not None
     assert embed.grad is None and features.grad is None
 

@@ -15,11 +15,11 @@ namespace {
 using namespace d2_trt;
 
 struct Arguments {
-    void const *q, *k, *v;
+    void const *q, *k, *v, *q_pos, *k_pos;
     float const* mask_embed;
     void const* features;
     void* out;
-    std::int64_t batch, queries, keys, heads, dim, q_stride, k_stride, v_stride, mask_dim;
+    std::int64_t batch, queries, keys, heads, dim, q_stride, k_stride, v_stride, pos_stride, mask_dim;
     std::int64_t multiprocessors, may_split, backwards;
 };
 
@@ -44,7 +44,7 @@ void run(Arguments const& a) {
     std::vector<float2> stats(a.batch * a.queries * plan.splits * a.heads, float2{NAN, NAN});
     std::vector<std::uint32_t> allowed(a.batch * plan.tiles * p.rows, 0x5a5a5a5a);
     std::vector<uint4> some(a.batch * p.rows * p.some_stride / 16, uint4{~0u, ~0u, ~0u, ~0u});
-    p.q = a.q, p.k = a.k, p.v = a.v, p.out = a.out;
+    p.q = a.q, p.k = a.k, p.v = a.v, p.q_pos = a.q_pos, p.k_pos = a.k_pos, p.out = a.out, p.pos_stride = a.pos_stride;
     p.partial = partial.data(), p.stats = stats.data(), p.allowed = allowed.data();
     p.some = reinterpret_cast<unsigned char*>(some.data());
     p.queries = a.queries, p.keys = a.keys, p.heads = a.heads;

@@ -109,8 +109,10 @@ def test_position_encoding_is_always_float32():
 
 def test_attention_of_our_plugin_is_one_operation_with_an_exact_mask_embedding():
     rng = torch.Generator().manual_seed(5)
-    q, keys, values, embed, features = (torch.randn(1, n, 8, generator=rng) * 4 for n in (3, 9, 9, 3, 9))
-    net = Net(lambda net, x: attention_core.masked_attention(q, keys, values, 0, embed, features, 2))
+    q, pos, keys, values, embed, features = (
+        torch.randn(1, n, 8, generator=rng) * 4 for n in (3, 3, 9, 9, 3, 9)
+    )
+    net = Net(lambda net, x: attention_core.masked_attention(q, pos, keys, values, 0, embed, features, 2))
     with torch.no_grad():
         with emulated(net, lambda name: True, HALF, ["attention"]):
             plugin = net.core(q)
@@ -118,9 +120,9 @@ def test_attention_of_our_plugin_is_one_operation_with_an_exact_mask_embedding()
             layers = net.core(q)
         with emulated(net, lambda name: False, HALF, ["attention"]):
             assert torch.equal(
-                net.core(q), attention_core.masked_attention(q, keys, values, 0, embed, features, 2)
+                net.core(q), attention_core.masked_attention(q, pos, keys, values, 0, embed, features, 2)
             )
-        rounded = (half(q), half(keys), half(values), 0, embed, half(features), 2)
+        rounded = (half(q), half(pos), half(keys), half(values), 0, embed, half(features), 2)
         assert torch.equal(plugin, half(attention_core.masked_attention(*rounded)))
     assert not torch.equal(plugin, layers)
 

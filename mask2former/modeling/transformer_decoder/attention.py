@@ -40,10 +40,9 @@ class SelfAttention(MultiHeadAttention):
         """x (B, Q, C), pos (1, Q, C) -> (B, Q, C)."""
         channels = self.in_proj_weight.shape[1]
         # W (x + pos) = W x + W pos, the second of which is the same for every image: one product makes all three.
-        of_pos = F.linear(pos, self.in_proj_weight[: 2 * channels])
-        bias = F.pad(of_pos, (0, channels)) + self.in_proj_bias  # (1, Q, 3 * C)
-        qkv = F.linear(x, self.in_proj_weight)
-        return self.out_proj(attention_core.self_attention(qkv + bias.to(qkv.dtype), self.num_heads))
+        qk_pos = F.linear(pos, self.in_proj_weight[: 2 * channels])  # (1, Q, 2 * C)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        return self.out_proj(attention_core.self_attention(qkv, qk_pos, self.num_heads))
 
 
 class MaskedCrossAttention(MultiHeadAttention):
@@ -51,18 +50,21 @@ class MaskedCrossAttention(MultiHeadAttention):
 
     def forward(
         self,
-        query: Tensor,
+        x: Tensor,
+        pos: Tensor,
         keys: Tensor,
         values: Tensor,
         part: int,
         mask_embed: Tensor,
         mask_features: Tensor,
     ) -> Tensor:
-        """query (B, Q, C) -> (B, Q, C); the others as in attention_core.masked_attention."""
+        """x (B, Q, C), pos (1, Q, C) -> (B, Q, C); the others as in attention_core.masked_attention."""
         channels = self.in_proj_weight.shape[1]
-        q = F.linear(query, self.in_proj_weight[:channels], self.in_proj_bias[:channels])
+        weight = self.in_proj_weight[:channels]
+        q_pos = F.linear(pos, weight)  # the same for every image
+        q = F.linear(x, weight, self.in_proj_bias[:channels])
         out = attention_core.masked_attention(
-            q, keys, values, part, mask_embed, mask_features, self.num_heads
+            q, q_pos, keys, values, part, mask_embed, mask_features, self.num_heads
         )
         return self.out_proj(out)
 
@@ -140,7 +142,7 @@ class CrossAttentionLayer(nn.Module):
     ) -> Tensor:
         """(B, Q, C) -> (B, Q, C); query_pos (1, Q, C); the others as in attention_core.masked_attention."""
         x = self.norm(queries) if self.pre_norm else queries
-        update = self.multihead_attn(x + query_pos, keys, values, part, mask_embed, mask_features)
+        update = self.multihead_attn(x, query_pos, keys, values, part, mask_embed, mask_features)
         if self.pre_norm:
             return queries + update
         return fused_ops.residual_layer_norm(queries, update, self.norm)

@@ -31,6 +31,7 @@ def attention_mask(mask_logits: Tensor) -> Tensor:
 
 def masked_attention(
     q: Tensor,
+    q_pos: Tensor,
     keys: Tensor,
     values: Tensor,
     part: int,
@@ -44,6 +45,7 @@ def masked_attention(
 
     Args:
         q: (B, Q, C), heads side by side.
+        q_pos: (1, Q, C), added to q.
         keys, values: (B, K, n * C), those of n layers side by side.
         part: which of the n this layer's are.
         mask_embed: (B, Q, mask_dim); a query may attend to a key where its product with the key's features is not negative.
@@ -57,24 +59,26 @@ def masked_attention(
     k, v = (x[:, :, part * channels : (part + 1) * channels] for x in (keys, values))
     mask_embed, mask_features = mask_embed.detach(), mask_features.detach()
     if _has_kernel(q, k, v, num_heads, mask_embed.shape[2]):
-        return attention_cuda.attention(q, k, v, num_heads, mask_embed, mask_features)
-    return reference(q, k, v, num_heads, mask_embed, mask_features)
+        return attention_cuda.attention(q, k, v, num_heads, mask_embed, mask_features, q_pos)
+    return reference(q + q_pos.to(q.dtype), k, v, num_heads, mask_embed, mask_features)
 
 
-def self_attention(qkv: Tensor, num_heads: int) -> Tensor:
+def self_attention(qkv: Tensor, qk_pos: Tensor, num_heads: int) -> Tensor:
     """Attention of queries to each other.
 
     Args:
         qkv: (B, Q, 3 * C), queries, keys and values side by side, in each heads side by side.
+        qk_pos: (1, Q, 2 * C), added to queries and keys.
         num_heads: heads of C / num_heads channels.
 
     Returns:
         (B, Q, C), heads side by side.
     """
     q, k, v = qkv.chunk(3, dim=2)
+    q_pos, k_pos = qk_pos.to(qkv.dtype).chunk(2, dim=2)
     if _has_kernel(q, k, v, num_heads):
-        return attention_cuda.attention(q, k, v, num_heads)
-    return reference(q, k, v, num_heads)
+        return attention_cuda.attention(q, k, v, num_heads, q_pos=q_pos, k_pos=k_pos)
+    return reference(q + q_pos, k + k_pos, v, num_heads)
 
 
 def level_mask_features(mask_features: Tensor, level: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ def attention(
     num_heads: int,
     mask_embed: Tensor | None = None,
     mask_features: Tensor | None = None,
+    q_pos: Tensor | None = None,
+    k_pos: Tensor | None = None,
 ) -> Tensor:
     """Attention by the kernel, with masked attention's mask or without; not differentiable.
 
@@ -51,6 +53,7 @@ def attention(
         q, k, v: (B, Q, C), (B, K, C), (B, K, C) float16 or bfloat16 on a GPU; may be slices of wider rows.
         mask_embed: (B, Q, mask_dim), taken as float32, or None.
         mask_features: (B, K, mask_dim), taken in q's dtype, or None.
+        q_pos, k_pos: (1, Q, C) and, without a mask, (1, K, C), taken in q's dtype and added to q and k; or None.
 
     Returns:
         (B, Q, C) of q's dtype, heads side by side.
@@ -63,7 +66,8 @@ def attention(
         raise ValueError("mask_embed and mask_features go together; got one of them")
     if mask_embed is not None:
         mask_embed, mask_features = mask_embed.float(), mask_features.to(q.dtype)
-    return _attention(q, k, v, num_heads, mask_embed, mask_features)
+    q_pos, k_pos = (None if pos is None else pos.to(q.dtype) for pos in (q_pos, k_pos))
+    return _attention(q, k, v, num_heads, mask_embed, mask_features, q_pos, k_pos)
 
 
 def mask_product(mask_embed: Tensor, features: Tensor) -> Tensor:
@@ -116,13 +120,24 @@ def resize_mask_features(features: Tensor, size: tuple[int, int]) -> Tensor:
     "mask2former::attention",
     mutates_args=(),
     device_types="cuda",
-    schema="(Tensor q, Tensor k, Tensor v, int num_heads, Tensor? mask_embed, Tensor? mask_features) -> Tensor",
+    schema="(Tensor q, Tensor k, Tensor v, int num_heads, Tensor? mask_embed, Tensor? mask_features, Tensor? q_pos, "
+    "Tensor? k_pos) -> Tensor",
 )
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask_embed: Tensor | None, mask_features: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    mask_embed: Tensor | None,
+    mask_features: Tensor | None,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
 ) -> Tensor:
-    _check(q, k, v, num_heads, mask_embed, mask_features)
+    _check(q, k, v, num_heads, mask_embed, mask_features, q_pos, k_pos)
     q, k, v = map(_rows, (q, k, v))
+    positions = {name: _rows(pos) for name, pos in (("q_pos", q_pos), ("k_pos", k_pos)) if pos is not None}
+    if len({pos.stride(1) for pos in positions.values()}) > 1:  # the kernel has one stride for both
+        positions = {name: pos.contiguous() for name, pos in positions.items()}
     mask_dim = 0
     if mask_embed is not None:
         mask_embed, mask_features = _aligned(mask_embed.contiguous()), _aligned(mask_features.contiguous())
@@ -145,6 +160,7 @@ def _attention(
             k.data_ptr(),
             v.data_ptr(),
             out.data_ptr(),
+            **{name: pos.data_ptr() for name, pos in positions.items()},
             mask_embed=0 if mask_embed is None else mask_embed.data_ptr(),
             features=0 if mask_features is None else mask_features.data_ptr(),
             workspace=workspace.data_ptr(),
@@ -153,13 +169,14 @@ def _attention(
             q_stride=q.stride(1),
             k_stride=k.stride(1),
             v_stride=v.stride(1),
+            pos_stride=next((pos.stride(1) for pos in positions.values()), 0),
             stream=kernels.stream_of(q),
         )
     return out
 
 
 @_attention.register_fake
-def _(q, k, v, num_heads, mask_embed, mask_features):
+def _(q, k, v, num_heads, mask_embed, mask_features, q_pos, k_pos):
     return q.new_empty(q.shape)
 
 
@@ -181,7 +198,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if regular else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _check(q, k, v, num_heads, mask_embed, mask_features) -> None:
+def _check(q, k, v, num_heads, mask_embed, mask_features, q_pos, k_pos) -> None:
     """Raises ValueError where the operator's arguments do not go together."""
     if q.dim() != 3 or q.dtype not in DTYPES:
         raise ValueError(f"q is {tuple(q.shape)} {q.dtype}; expected (B, Q, C) of float16 or bfloat16")
@@ -195,6 +212,11 @@ def _check(q, k, v, num_heads, mask_embed, mask_features) -> None:
         mask_dim = mask_embed.shape[-1]
         wanted["mask_embed"] = (mask_embed, (batch, queries, mask_dim), torch.float32)
         wanted["mask_features"] = (mask_features, (batch, keys, mask_dim), q.dtype)
+        if k_pos is not None:
+            raise ValueError("k_pos is given with a mask; add it to k")
+    for name, pos, rows in (("q_pos", q_pos, queries), ("k_pos", k_pos, keys)):
+        if pos is not None:
+            wanted[name] = (pos, (1, rows, channels), q.dtype)
     for name, (tensor, shape, dtype) in wanted.items():
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; expected {shape} {dtype}")
