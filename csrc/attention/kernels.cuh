@@ -11,8 +11,7 @@
 
 namespace d2_trt {
 
-constexpr int kGroupTiles = 4;            // tiles of keys and values that a block waits for together
-constexpr int kStages = 2 * kGroupTiles;  // tiles that are in use or on their way
+constexpr int kStages = 4;  // tiles of keys and values that are on their way or in use
 constexpr int kCombineThreads = 512;
 constexpr float kLowest = -3.0e38f;  // below every logit, for powers of 2
 
@@ -89,14 +88,12 @@ __global__ void __launch_bounds__(Shape<D, kMasked>::kWarps * 32, Shape<D, kMask
         from[i] = static_cast<unsigned char const*>(value ? problem.v : problem.k) + first * stride + 2 * head * D + column;
         step[i] = kTileKeys * stride;
     }
-    auto const copy_group = [&](int tile) {
-#pragma unroll 1
-        for (int end = tile + kGroupTiles < end_tile ? tile + kGroupTiles : end_tile; tile < end; ++tile) {
+    auto const copy_tile = [&](int tile) {
+        if (tile < end_tile) {
             unsigned char* const stage = shared_memory() + tile % kStages * Layout::kBytes;
             int const left = problem.keys - tile * kTileKeys;
 #pragma unroll
             for (int i = 0; i < kCopies; ++i) {
-                // Where there is no such key the address is of nothing, and is not read.
                 if (2 * kPieces >= kWarps * 32 || threadIdx.x < 2 * kPieces) {
                     copy_async(stage + to[i], from[i], row[i] >= left);
                 }
@@ -105,7 +102,8 @@ __global__ void __launch_bounds__(Shape<D, kMasked>::kWarps * 32, Shape<D, kMask
         }
         end_copies();
     };
-    copy_group(first_tile);
+#pragma unroll 1
+    for (int i = 0; i < kStages - 1; ++i) copy_tile(first_tile + i);
 
     std::uint32_t queries[kBlocks][2][kWords];  // rows g and g + 8 of each block
     auto const* const q = static_cast<unsigned char const*>(problem.q) +
@@ -124,16 +122,6 @@ __global__ void __launch_bounds__(Shape<D, kMasked>::kWarps * 32, Shape<D, kMask
         }
     }
     auto const* const k_pos = static_cast<unsigned char const*>(problem.k_pos) + 2 * g * problem.pos_stride + own;
-    [[maybe_unused]] std::uint32_t positions[4][kWords] = {};  // of the next tile's keys 8 j + g
-    auto const fetch_positions = [&](int tile) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            int const key = tile * kTileKeys + 8 * j;
-            load_words(positions[j], k_pos + 2 * key * problem.pos_stride, key + g < problem.keys);
-        }
-    };
-    bool const moves_keys = !kMasked && problem.k_pos != nullptr;
-    if (moves_keys) fetch_positions(first_tile);
 
     // Of the same rows: keys of the next tile that they may attend to, and whether they may attend to all, for want of any.
     std::uint32_t next[kBlocks][2] = {};
@@ -171,11 +159,19 @@ __global__ void __launch_bounds__(Shape<D, kMasked>::kWarps * 32, Shape<D, kMask
     for (int tile = first_tile; tile < end_tile; ++tile) {
         int const left = problem.keys - tile * kTileKeys;
         std::uint32_t const valid = left >= kTileKeys ? 0xffffffffu : (1u << left) - 1u;
-        if ((tile - first_tile) % kGroupTiles == 0) {
-            wait_copies<0>();
-            sync_block();  // the tiles are there, and nobody reads those before
-            copy_group(tile + kGroupTiles);
+        [[maybe_unused]] std::uint32_t positions[4][kWords];  // of key 8 j + g, as `words` below
+        if constexpr (!kMasked) {
+            if (problem.k_pos != nullptr) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    int const key = tile * kTileKeys + 8 * j;
+                    load_words(positions[j], k_pos + 2 * key * problem.pos_stride, key + g < problem.keys);
+                }
+            }
         }
+        wait_copies<kStages - 2>();
+        sync_block();  // the tile is there, and nobody reads the one before
+        copy_tile(tile + kStages - 1);
 
         std::uint32_t use[kBlocks][2];
 #pragma unroll
@@ -196,7 +192,9 @@ __global__ void __launch_bounds__(Shape<D, kMasked>::kWarps * 32, Shape<D, kMask
         for (int j = 0; j < 4; ++j) {
             std::uint32_t words[kWords];  // key 8 j + g, channels 2 kWords t and on
             read_words(words, keys + (8 * j + g) * Layout::kKPitch + 4 * kWords * t);
-            if (moves_keys) add_words<T>(words, positions[j]);
+            if constexpr (!kMasked) {
+                if (problem.k_pos != nullptr) add_words<T>(words, positions[j]);
+            }
 #pragma unroll
             for (int b = 0; b < kBlocks; ++b) {
                 if constexpr (kWords == 1) {
@@ -211,7 +209,6 @@ __global__ void __launch_bounds__(Shape<D, kMasked>::kWarps * 32, Shape<D, kMask
                 }
             }
         }
-        if (moves_keys && tile + 1 < end_tile) fetch_positions(tile + 1);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
             float shrink[2];
