@@ -6,7 +6,6 @@ import argparse
 import csv
 import datetime
 import hashlib
-import importlib.metadata
 import os
 import platform
 import shlex
@@ -27,11 +26,15 @@ MACHINE = ("gpu", "torch", "cuda", "tensorrt", "detectron2", "python")
 
 def machine(device: str) -> dict[str, str]:
     """Columns of MACHINE: the GPU (or processor), and versions; TensorRT's is empty where it is not installed."""
-    try:
-        tensorrt = importlib.metadata.version("tensorrt")
-    except importlib.metadata.PackageNotFoundError:
-        tensorrt = ""
     import detectron2
+
+    from d2_trt import compat
+    from d2_trt.errors import MissingDependencyError
+
+    try:
+        tensorrt = compat.tensorrt().__version__
+    except MissingDependencyError:
+        tensorrt = ""
 
     cuda = device.startswith("cuda")
     return {
