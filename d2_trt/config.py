@@ -86,8 +86,6 @@ _DEFAULTS = {
             "CUDA_GRAPHS": True,
             # Graphs that an engine keeps; the least recently used size goes first.
             "MAX_CUDA_GRAPHS": 8,
-            # File of this project's compiled plugin. "": looked for beside the package.
-            "PLUGIN": "",
         },
     },
 }

@@ -91,7 +91,6 @@ class TensorRTOptions:
     on_error: str = "raise"
     cuda_graphs: bool = True
     max_cuda_graphs: int = 8
-    plugin: str = ""
 
     @classmethod
     def from_cfg(cls, cfg, *, size_divisibility: int | None = None) -> TensorRTOptions:
@@ -135,7 +134,6 @@ class TensorRTOptions:
             on_error=reader.choice("ON_ERROR", ("raise", "torch")),
             cuda_graphs=reader.flag("CUDA_GRAPHS"),
             max_cuda_graphs=reader.integer("MAX_CUDA_GRAPHS", 1),
-            plugin=reader.text("PLUGIN"),
         )
 
     @property

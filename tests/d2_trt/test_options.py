@@ -128,7 +128,6 @@ def test_defaults(cfg, monkeypatch):
         on_error="raise",
         cuda_graphs=True,
         max_cuda_graphs=8,
-        plugin="",
     )
 
 
@@ -227,7 +226,6 @@ WRONG = [
     (T_ + "CACHE.MODE", "write", "'readwrite', 'read', 'require', 'rebuild', 'off'"),
     (T_ + "CACHE.DIR", 3, "a path, or ''"),
     (T_ + "CACHE", "off", "a group of the keys DIR, MODE, MAX_GB"),
-    (T_ + "PLUGIN", None, "a path, or ''"),
     (T_ + "FP32_MODULES", "default", "a list of module names or patterns"),
     (T_ + "FP32_MODULES", ["default", ""], "a list of module names or patterns"),
     (T_ + "FP32_MODULES", [3], "a list of module names or patterns"),
@@ -442,8 +440,7 @@ def test_graph_key_changes_with_what_decides_the_engine(cfg, key, value):
         ("CACHE__MAX_GB", 1.0),
         ("VERIFY__ENABLED", False),
         ("VERIFY__MIN_SIGN_AGREEMENT", 0.5),
-        ("PLUGIN", "/a/plugin.so"),  # its content has an entry of its own in the cache's key
-        ("SHAPES", ["32x32"]),  # so have the shapes
+        ("SHAPES", ["32x32"]),  # they have an entry of their own in the cache's key
         ("FP32_MODULES", ["default", "default"]),
     ],
 )
