@@ -44,7 +44,5 @@ def test_linear_with_relu_is_a_convolution_of_pixels(trt, shapes, monkeypatch): 
 def test_linear_with_relu_has_the_precision_of_the_linear_layer(trt, monkeypatch):  # noqa: F811
     spec = BuildSpec(**STATIC, precision="fp16", fp32_modules=("linear1",))
     rows = trace(trt, Pixels(), spec, monkeypatch).precisions()
-    of_linear1 = {
-        row["compute"] for row in rows if "linear1" in row["name"] and row["kind"] == "CONVOLUTION"
-    }
+    of_linear1 = {row["compute"] for row in rows if "linear1" in row["name"] and row["kind"] == "CONVOLUTION"}
     assert of_linear1 == {"FLOAT"}
