@@ -65,8 +65,8 @@ def find_pybind11() -> str | None:
     return str(include) if (include / "pybind11").is_dir() else None
 
 
-def find_tensorrt() -> tuple[str, int] | None:
-    """Folder of TensorRT's headers and their major version."""
+def find_tensorrt() -> tuple[str, int, str] | None:
+    """Folder of TensorRT's headers, their major version, and what NvInferVersion.h says of the whole version."""
     asked = os.environ.get("TENSORRT_INCLUDE_DIR")
     multiarch = f"/usr/include/{platform.machine()}-linux-gnu"
     for folder in [asked] if asked else [multiarch, "/usr/include", "/usr/local/tensorrt/include"]:
@@ -76,7 +76,8 @@ def find_tensorrt() -> tuple[str, int] | None:
             major = re.search(r"define\s+NV_TENSORRT_MAJOR\s+(\w+)", text).group(1)
             if not major.isdigit():  # from 10.x on: one macro names another
                 major = re.search(rf"define\s+{major}\s+(\d+)", text).group(1)
-            return folder, int(major)
+            version = ", ".join(re.findall(r"define\s+(\w+\s+\w+)", text))
+            return folder, int(major), version
     if asked:
         raise SystemExit(f"TENSORRT_INCLUDE_DIR is {asked!r}, which has no NvInferRuntime.h")
     return None
@@ -131,11 +132,12 @@ def optional_extensions() -> list[Extension]:
             file=sys.stderr,
         )
         return extensions
-    folder, major = tensorrt
+    folder, major, version = tensorrt
     # What the plugins run: kernels, without their Python bindings.
     parts = [str(p.relative_to(ROOT)) for p in sources if is_plugin_source(p)]
     extension = Extension(PLUGINS, parts, include_dirs=[folder], depends=headers, language="c++")
     extension.tensorrt_major = major
+    extension.tensorrt_version = version
     return [*extensions, extension]
 
 
@@ -177,17 +179,23 @@ class BuildCuda(build_ext):
         folders = [folder for e in self.extensions for folder in e.include_dirs]
         for folder in [*folders, sysconfig.get_paths()["include"], str(nvcc.parent.parent / "include")]:
             flags += ["-isystem", folder]
+        # Headers of another version may be older than the objects, whose rules then tell nothing.
+        compiler = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        tensorrt = getattr(ext, "tensorrt_version", None)
         objects_in = Path(self.build_temp, "objects")
+        plugins = PLUGIN_SOURCES.relative_to(ROOT)
         objects_in.mkdir(parents=True, exist_ok=True)
 
         def compile_one(source: str) -> str:
             target = objects_in / (source.replace("/", "_") + ".o")
             command = [str(nvcc), *flags, "-c", source, "-o", str(target)]
+            versions = [compiler, tensorrt if Path(source).parent == plugins else None]
+            made_by = str([command, versions])
             recipe, headers = target.with_suffix(".command"), target.with_suffix(".d")
-            if not (recipe.exists() and recipe.read_text() == str(command) and is_newest(target, headers)):
+            if not (recipe.exists() and recipe.read_text() == made_by and is_newest(target, headers)):
                 recipe.unlink(missing_ok=True)
-                self.spawn([*command, "-MMD", "-MF", str(headers)])
-                recipe.write_text(str(command))
+                self.spawn([*command, "-MD", "-MF", str(headers)])
+                recipe.write_text(made_by)
             return str(target)
 
         with concurrent.futures.ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:

@@ -27,6 +27,9 @@ arguments = sys.argv[1:]
 if arguments == ["--list-gpu-code"]:
     print("sm_80 sm_90")
     sys.exit()
+if arguments == ["--version"]:
+    print(os.environ.get("NVCC_VERSION", "release 13.0"))
+    sys.exit()
 if os.environ.get("FAIL_ON", "nothing") in " ".join(arguments):
     sys.exit("stand-in: error: this source does not compile")
 with open(os.environ["NVCC_LOG"], "a") as log:
@@ -36,6 +39,8 @@ Path(target).write_bytes(b"made by the stand-in")
 if "-c" in arguments:
     source = arguments[arguments.index("-c") + 1]
     included = " \\\\\\n  csrc/common/check.h" if "other" in source else ""
+    if "trt_plugin" in source and "-MD" in arguments:  # -MMD leaves out what -isystem finds
+        included = " " + os.environ["TENSORRT_INCLUDE_DIR"] + "/NvInferRuntime.h"
     Path(arguments[arguments.index("-MF") + 1]).write_text(target + " : " + source + included + "\\n")
 """
 
@@ -177,6 +182,33 @@ def test_only_what_changed_is_compiled_again(checkout):
     assert len(checkout.compiled()) == 3
 
 
+def test_another_compiler_compiles_all_again(checkout):
+    checkout.build()
+    assert len(checkout.compiled()) == 3
+    checkout.build(NVCC_VERSION="release 13.1")
+    assert len(checkout.compiled()) == 3
+    checkout.build(NVCC_VERSION="release 13.1")
+    assert checkout.compiled() == []
+
+
+def test_headers_of_tensorrt_that_are_others_now_compile_what_includes_them_again(checkout):
+    version = "#define NV_TENSORRT_MAJOR 8\n#define NV_TENSORRT_MINOR {}\n"
+    environment = with_tensorrt(checkout, version.format(5))
+    checkout.build(**environment)
+    checkout.calls()
+    checkout.touch("tensorrt/NvInferRuntime.h")
+    checkout.build(**environment)
+    assert checkout.compiled() == ["csrc/trt_plugin/library.cpp"]
+    # As an archive unpacks them: with times of their own, before those of the objects.
+    header = checkout.root / "tensorrt/NvInferVersion.h"
+    header.write_text(version.format(6))
+    os.utime(header, (0, 0))
+    checkout.build(**environment)
+    assert checkout.compiled() == ["csrc/trt_plugin/library.cpp"]
+    checkout.build(**environment)
+    assert checkout.compiled() == []
+
+
 @pytest.mark.parametrize(
     "version",
     ["#define NV_TENSORRT_MAJOR 8\n", "#define TRT_MAJOR_ENTERPRISE 8\n#define NV_TENSORRT_MAJOR TRT_MAJOR_ENTERPRISE\n"],
@@ -273,3 +305,5 @@ def test_real_nvcc_builds_a_module_that_can_be_imported(checkout):
     code = "import mask2former._kernels as kernels; print(kernels.ANSWER)"
     told = subprocess.run([sys.executable, "-c", code], cwd=checkout.root, capture_output=True, text=True)
     assert told.stdout.strip() == "42", told.stderr
+    (rule,) = (checkout.root / "build").rglob("*module.cu.d")
+    assert "/cuda_runtime.h" in rule.read_text()  # a folder of -isystem
