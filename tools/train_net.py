@@ -87,6 +87,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError("--config-file is missing: name a file of configs/")
     if args.time_limit is not None and not args.time_limit > 0:
         raise UsageError(f"--time-limit {args.time_limit:g}: must be a positive number of seconds")
+    if args.time_limit is not None and args.eval_only:
+        raise UsageError("--time-limit is of training: leave it out with --eval-only")
     if args.num_gpus < 1:
         raise UsageError(
             f"--num-gpus {args.num_gpus}: must be at least 1. To run without a GPU, leave --num-gpus out and "

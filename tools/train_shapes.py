@@ -12,6 +12,7 @@ output folder, and KEY VALUE pairs at the end override the config.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -24,7 +25,11 @@ import torch
 import train_net
 
 from mask2former.data.datasets.shapes import shapes_root
-from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
+from mask2former.data.datasets.shapes_files import (
+    MANIFEST,
+    ShapesOptions,
+    make_shapes_dataset,
+)
 
 REPO = Path(__file__).resolve().parent.parent
 CONFIGS = {
@@ -54,15 +59,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-iter", type=int, metavar="N", help="iterations, along which the learning rate falls to zero"
     )
-    parser.add_argument("--images", type=int, default=3000, help="training images to draw (%(default)s)")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=3000,
+        help="training images to draw (%(default)s); with --resume, as many as the training began with",
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     return parser.parse_args(argv)
 
 
-def draw(images: int) -> None:
-    """Have the data set where train_net.py looks for it. Raises ValueError, FileExistsError."""
+def drawn_images(root: str) -> int | None:
+    """How many training images a data set has; None where there is none, or its manifest is damaged."""
+    try:
+        return json.loads((Path(root) / MANIFEST).read_text())["train"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def draw(images: int, resume: bool) -> None:
+    """Have the data set where train_net.py looks for it.
+
+    Args:
+        resume: a data set that is there stays, since the training began with it.
+
+    Raises:
+        ValueError, FileExistsError: it cannot be drawn, or with `resume` another one is there.
+    """
     options = ShapesOptions(train=images)
     root = shapes_root()
+    if resume and (found := drawn_images(root)) not in (None, images):
+        raise ValueError(
+            f"--resume with --images {images}, but {root} has {found} training images: a training goes on with the images "
+            f"it began with. Add --images {found}, or leave --resume out to start anew"
+        )
     start = time.perf_counter()
     drawn = make_shapes_dataset(root, options)
     what = f"{options.train} training and {options.val} validation images in {root}"
@@ -92,7 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     start = time.monotonic()
     try:
-        draw(args.images)
+        if args.time_limit is not None and not args.time_limit > 0:
+            raise ValueError(f"--time-limit {args.time_limit:g}: must be a positive number of seconds")
+        draw(args.images, args.resume)
     except (ValueError, FileExistsError) as error:
         print(f"train_shapes.py: {error}", file=sys.stderr)
         return 2

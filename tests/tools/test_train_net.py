@@ -118,6 +118,11 @@ def test_time_limit_that_is_none(run):
         assert "must be a positive number of seconds" in run("--time-limit", seconds, *TRAIN)
 
 
+def test_time_limit_of_an_evaluation_is_refused(run):
+    words = ("--eval-only", "--time-limit", "60", "--config-file", CONFIG, "MODEL.DEVICE", "cpu")
+    assert "--time-limit is of training: leave it out with --eval-only" in run(*words)
+
+
 def test_batch_that_the_gpus_cannot_share(run, trainable, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

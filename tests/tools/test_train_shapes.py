@@ -12,15 +12,16 @@ import torch
 import train_shapes
 
 from mask2former import get_mask2former_cfg
-from mask2former.data.datasets.shapes_files import ShapesOptions
+from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
 
 REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(monkeypatch, tmp_path):
     """What would be drawn and run."""
     made = []
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     monkeypatch.setattr(
         train_shapes, "make_shapes_dataset", lambda root, options: bool(made.append((root, options)))
     )
@@ -58,6 +59,43 @@ def test_recipes_train_from_nothing_and_anneal_to_their_end(calls, model):
 def test_data_that_cannot_be_drawn_stops_it(calls, capsys, monkeypatch):
     assert train_shapes.main(["--model", "small", "--images", "0"]) == 2
     assert "each split needs at least one image" in capsys.readouterr().err and calls == []
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "nan"])
+def test_time_limit_that_is_none_is_refused_before_drawing(calls, capsys, seconds):
+    assert train_shapes.main(["--model", "small", "--time-limit", seconds]) == 2
+    assert "must be a positive number of seconds" in capsys.readouterr().err and calls == []
+
+
+def test_resuming_does_not_draw_other_images(tmp_path, monkeypatch, capsys):
+    runs = []
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setattr(train_shapes.train_net, "run", lambda words: runs.append(words) or 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    root = tmp_path / "shapes"
+    make_shapes_dataset(root, ShapesOptions(train=2))
+    before = (root / "manifest.json").read_bytes()
+    assert train_shapes.main(["--model", "small", "--resume"]) == 2
+    message = capsys.readouterr().err
+    assert "--resume with --images 3000" in message and "has 2 training images" in message
+    assert "Add --images 2" in message and not runs
+    assert train_shapes.main(["--model", "small", "--resume", "--images", "2"]) == 0
+    assert len(runs) == 1 and (root / "manifest.json").read_bytes() == before
+    # Anew, it draws what is asked for.
+    assert train_shapes.main(["--model", "small", "--images", "3"]) == 0
+    assert train_shapes.drawn_images(str(root)) == 3
+
+
+def test_images_that_are_gone_are_drawn_again_to_resume(calls):
+    assert train_shapes.main(["--model", "small", "--resume", "--images", "4"]) == 0
+    assert calls[0][1] == ShapesOptions(train=4)
+
+
+def test_plain_command_is_the_one_of_the_weights_that_are_shipped(calls):
+    assert train_shapes.main(["--model", "small"]) == 0
+    args = train_shapes.train_net.build_parser().parse_args(calls[1])
+    assert get_mask2former_cfg(args.config_file, args.opts).SOLVER.MAX_ITER == 4000
+    assert "train_shapes.py --model small\n" in (REPO / "configs/shapes/README.md").read_text()
 
 
 @pytest.mark.slow
