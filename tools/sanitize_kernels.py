@@ -302,21 +302,28 @@ def attention(kernels: ModuleType, gpu: Gpu) -> None:
                 embed = rng.standard_normal((batch, queries, mask_dim)).astype(np.float32)
                 features = rng.standard_normal((batch, keys, mask_dim))
                 mask = {"mask_embed": gpu.put(embed), "features": gpu.put(as_dtype(features, dtype))}
-            workspace = kernels.attention_workspace(**sizes)
-            kernels.attention(
-                gpu.put(q),
-                gpu.put(k),
-                gpu.put(v),
-                gpu.out("attention", q.nbytes),
-                workspace=gpu.scratch(workspace) if workspace else 0,
-                dtype=dtype,
-                q_stride=width,
-                k_stride=width,
-                v_stride=width,
-                stream=0,
-                **sizes,
-                **mask,
-            )
+            for positions in (False, True):
+                arguments = dict(mask)
+                if positions:  # of masked keys they are added by the caller
+                    arguments["q_pos"] = gpu.put(as_dtype(rng.standard_normal((queries, width)), dtype))
+                    if not mask_dim:
+                        arguments["k_pos"] = gpu.put(as_dtype(rng.standard_normal((keys, width)), dtype))
+                    arguments["pos_stride"] = width
+                workspace = kernels.attention_workspace(**sizes)
+                kernels.attention(
+                    gpu.put(q),
+                    gpu.put(k),
+                    gpu.put(v),
+                    gpu.out("attention", q.nbytes),
+                    workspace=gpu.scratch(workspace) if workspace else 0,
+                    dtype=dtype,
+                    q_stride=width,
+                    k_stride=width,
+                    v_stride=width,
+                    stream=0,
+                    **sizes,
+                    **arguments,
+                )
             gpu.finish()
 
 

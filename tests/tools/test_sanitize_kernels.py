@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sanitize_kernels
 
@@ -54,6 +56,41 @@ def test_pytorch_and_detectron2_stay_out():
     code = "import sanitize_kernels, sys; print([m for m in sys.modules if m in ('torch', 'detectron2', 'mask2former')])"
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tools", capture_output=True, text=True)
     assert told.stdout.strip() == "[]", told.stderr
+
+
+class ArrayGpu:
+    """Hands out arrays for addresses."""
+
+    def put(self, array):
+        return array
+
+    def out(self, name, size):
+        return np.empty(size, np.uint8)
+
+    scratch = staticmethod(lambda size: np.empty(size, np.uint8))
+
+    def finish(self):
+        pass
+
+
+def test_attention_runs_with_and_without_positions():
+    calls = []
+    kernels = types.SimpleNamespace(
+        attention_workspace=lambda **sizes: 16,
+        attention=lambda q, k, v, out, **more: calls.append({"q": q, "k": k, **more}),
+    )
+    sanitize_kernels.attention(kernels, ArrayGpu())
+    seen = set()
+    for call in calls:
+        masked, names = call["mask_dim"] > 0, tuple(n for n in ("q_pos", "k_pos") if n in call)
+        assert masked == ("mask_embed" in call)
+        seen.add((masked, names))
+        assert ("pos_stride" in call) == bool(names)
+        for name in names:
+            # (rows, channels), of all images.
+            assert call[name].shape == call[name[0]].shape[1:] and call[name].dtype == call["q"].dtype
+            assert call["pos_stride"] == call[name].shape[1]
+    assert seen == {(False, ()), (True, ()), (False, ("q_pos", "k_pos")), (True, ("q_pos",))}
 
 
 class FakeGpu:
