@@ -75,14 +75,51 @@ def test_full_size():
         assert error(out, wanted.permute(0, 2, 3, 1).flatten(1, 2)) < 3e-4
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"embed": random(5, 64)}, r"mask_embed is \(5, 64\) torch.float32; expected \(B, Q, mask_dim\)"),
+        ({"embed": random(1, 5, 64).half()}, r"mask_embed is \(1, 5, 64\) torch.float16; .* torch.float32"),
+        ({"features": random(9, 64).half()}, r"features are \(9, 64\); expected \(B, pixels, mask_dim\)"),
+        ({"features": random(2, 9, 64).half()}, r"features are \(2, 9, 64\); .* B 1 and mask_dim 64"),
+        ({"features": random(1, 9, 32).half()}, r"features are \(1, 9, 32\); .* B 1 and mask_dim 64"),
+        ({"features": random(1, 9, 64)}, "features are torch.float32; expected float16 or bfloat16"),
+        (
+            {"embed": random(1, 5, 40), "features": random(1, 9, 40).half()},
+            "40 channels; expected a multiple of 32 up to 512",
+        ),
+        ({}, "expected one GPU; got mask_embed on cpu, features on cpu"),
+    ],
+)
+def test_wrong_products_are_refused_before_any_kernel(change, message):
+    given = {"embed": random(1, 5, 64), "features": random(1, 9, 64).half(), **change}
+    with pytest.raises(ValueError, match=message):
+        attention_cuda.mask_product(*given.values())
+
+
+@pytest.mark.parametrize(
+    "features, size, message",
+    [
+        (
+            random(9, 3, 64).half(),
+            (1, 1),
+            r"features are \(9, 3, 64\) torch.float16; expected \(B, H, W, C\)",
+        ),
+        (random(1, 3, 3, 64), (1, 1), "torch.float32; .* of float16 or bfloat16"),
+        (random(1, 3, 3, 12).half(), (1, 1), "12 channels; expected a multiple of 8"),
+        (random(1, 0, 3, 64).half(), (1, 1), r"features are \(1, 0, 3, 64\); expected no side of 0"),
+        (random(1, 3, 3, 64).half(), (0, 1), r"the size of the result is \(0, 1\)"),
+        (random(1, 3, 3, 64).half(), (1,), r"the size of the result is \(1,\)"),
+        (random(1, 3, 3, 64).half(), (1, 1), "expected one GPU; got features on cpu"),
+    ],
+)
+def test_wrong_resizes_are_refused_before_any_kernel(features, size, message):
+    with pytest.raises(ValueError, match=message):
+        attention_cuda.resize_mask_features(features, size)
+
+
 @pytest.mark.gpu
-def test_wrong_sizes_are_refused():
-    embed, features = random(1, 5, 64).cuda(), random(1, 9, 64).half().cuda()
-    with pytest.raises(ValueError, match="40 channels; expected a multiple of 32 up to 512"):
-        attention_cuda.mask_product(embed[..., :40], features[..., :40])
-    with pytest.raises(ValueError, match="features are float32"):
-        attention_cuda.mask_product(embed, features.float())
-    with pytest.raises(ValueError, match="results are 0x1"):
-        attention_cuda.resize_mask_features(features.view(1, 3, 3, 64), (0, 1))
-    with pytest.raises(ValueError, match="12 channels; expected a multiple of 8"):
-        attention_cuda.resize_mask_features(features.view(1, 3, 3, 64)[..., :12], (1, 1))
+def test_tensors_of_two_devices_are_refused():
+    embed, features = random(1, 5, 64), random(1, 9, 64).half()
+    with pytest.raises(ValueError, match="got mask_embed on cuda:0, features on cpu"):
+        attention_cuda.mask_product(embed.cuda(), features)

@@ -13,6 +13,7 @@ MAX_HEADS = 256
 HEAD_DIMS = (8, 16, 32, 64)
 MASK_DIM_STEP = 32
 MAX_MASK_DIM = 512
+RESIZE_DIM_STEP = 8
 
 
 def supported(heads: int, dim: int, mask_dim: int = 0) -> bool:
@@ -76,7 +77,12 @@ def mask_product(mask_embed: Tensor, features: Tensor) -> Tensor:
     Args:
         mask_embed: (B, Q, mask_dim) float32 on a GPU.
         features: (B, pixels, mask_dim) float16 or bfloat16.
+
+    Raises:
+        KernelsMissing: the kernels are not built.
+        ValueError: shapes, dtypes or devices do not go together, or there is no kernel for this mask_dim.
     """
+    _check_product(mask_embed, features)
     mask_embed, features = _aligned(mask_embed.contiguous()), _aligned(features.contiguous())
     batch, queries, channels = mask_embed.shape
     out = mask_embed.new_empty(batch, queries, features.shape[1])
@@ -96,7 +102,20 @@ def mask_product(mask_embed: Tensor, features: Tensor) -> Tensor:
 
 
 def resize_mask_features(features: Tensor, size: tuple[int, int]) -> Tensor:
-    """Features (B, H, W, C) float16 or bfloat16, resized by the kernel to (h, w): (B, h * w, C)."""
+    """Features resized by the kernel, bilinearly with corners not aligned.
+
+    Args:
+        features: (B, H, W, C) float16 or bfloat16 on a GPU; C is a multiple of RESIZE_DIM_STEP.
+        size: (h, w) of the result.
+
+    Returns:
+        (B, h * w, C) of the features' dtype.
+
+    Raises:
+        KernelsMissing: the kernels are not built.
+        ValueError: shape, dtype or device is another, or there is nothing to resize or to resize to.
+    """
+    _check_resize(features, size)
     features = _aligned(features.contiguous())
     batch, height, width, channels = features.shape
     out = features.new_empty(batch, size[0] * size[1], channels)
@@ -196,6 +215,52 @@ def _rows(tensor: Tensor) -> Tensor:
         and tensor.data_ptr() % 16 == 0
     )
     return tensor if regular else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _check_product(mask_embed: Tensor, features: Tensor) -> None:
+    """Raises ValueError where the arguments of `mask_product` do not go together."""
+    if mask_embed.dim() != 3 or mask_embed.dtype != torch.float32:
+        raise ValueError(
+            f"mask_embed is {tuple(mask_embed.shape)} {mask_embed.dtype}; expected (B, Q, mask_dim) torch.float32"
+        )
+    batch, _, channels = mask_embed.shape
+    if features.dim() != 3 or features.shape[0] != batch or features.shape[2] != channels:
+        raise ValueError(
+            f"features are {tuple(features.shape)}; expected (B, pixels, mask_dim) with mask_embed's B {batch} and "
+            f"mask_dim {channels}"
+        )
+    if features.dtype not in DTYPES:
+        raise ValueError(f"features are {features.dtype}; expected float16 or bfloat16")
+    if not supported_mask_dim(channels):
+        raise ValueError(
+            f"mask_embed has {channels} channels; expected a multiple of {MASK_DIM_STEP} up to {MAX_MASK_DIM}"
+        )
+    _check_device(mask_embed=mask_embed, features=features)
+
+
+def _check_resize(features: Tensor, size: tuple[int, int]) -> None:
+    """Raises ValueError where `resize_mask_features` does not take its arguments."""
+    if features.dim() != 4 or features.dtype not in DTYPES:
+        raise ValueError(
+            f"features are {tuple(features.shape)} {features.dtype}; expected (B, H, W, C) of float16 or bfloat16"
+        )
+    if features.shape[3] % RESIZE_DIM_STEP:
+        raise ValueError(
+            f"features have {features.shape[3]} channels; expected a multiple of {RESIZE_DIM_STEP}"
+        )
+    if features.numel() == 0:
+        raise ValueError(f"features are {tuple(features.shape)}; expected no side of 0")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"the size of the result is {tuple(size)}; expected (h, w) of at least 1")
+    _check_device(features=features)
+
+
+def _check_device(**tensors: Tensor) -> None:
+    """Raises ValueError unless all are on one GPU."""
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1 or not all(tensor.is_cuda for tensor in tensors.values()):
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"expected one GPU; got {where}")
 
 
 def _check(q, k, v, num_heads, mask_embed, mask_features, q_pos, k_pos) -> None:
