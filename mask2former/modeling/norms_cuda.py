@@ -1,4 +1,4 @@
-"""LayerNorm and GroupNorm by the kernels of csrc/normalization: what engines run, for tests and for inference in PyTorch.
+"""LayerNorm and GroupNorm by the kernels of csrc/normalization, which engines run: to test and time them alone.
 
 Not differentiable; the model itself uses PyTorch's own.
 """

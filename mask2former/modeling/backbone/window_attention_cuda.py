@@ -1,4 +1,4 @@
-"""Window attention of a map by the kernel of csrc/window_attention: what engines run, for tests and inference in PyTorch.
+"""Window attention of a map by the kernel of csrc/window_attention, which engines run: to test and time it alone.
 
 Not differentiable; the model itself uses PyTorch's operations.
 """
