@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write a checkpoint's weights alone, in half precision: a twelfth of the size of what training saves.
+"""Write a checkpoint's weights alone, in half precision: a sixth of the size of what training saves.
 
     python tools/export_checkpoint.py output/shapes_small small.pth              # the last checkpoint of that training
     python tools/export_checkpoint.py model_final.pth r50.pth --split-mib 15     # also r50.pth.00, r50.pth.01, ...
@@ -13,11 +13,17 @@ half precision. Any other value that half precision does not hold is an error.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import pickle
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+MOST_PARTS = 100  # two digits, so that the shell sorts them
 
 
 class ExportError(Exception):
@@ -36,10 +42,31 @@ def checkpoint_file(path: Path) -> Path:
     return path
 
 
-def weights_of(checkpoint: dict, path: Path) -> dict[str, Tensor]:
+def read(path: Path):
+    """What a .pth holds.
+
+    Raises:
+        ExportError: PyTorch cannot read it.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:  # of half a file any of them
+        # The first line: PyTorch goes on about unsafe ways to load it all the same.
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ExportError(
+            f"{path} cannot be read ({reason[0]}): must be a whole .pth of weights that training or this tool wrote, not a "
+            ".pkl of a model zoo"
+        ) from error
+
+
+def weights_of(checkpoint, path: Path) -> dict[str, Tensor]:
     """The model's weights in a checkpoint of training or of this tool."""
-    weights = checkpoint.get("model", checkpoint)
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+    weights = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
+    if (
+        not weights
+        or not isinstance(weights, dict)
+        or not all(isinstance(value, Tensor) for value in weights.values())
+    ):
         raise ExportError(f"{path} holds no weights of a model; name a .pth that training wrote")
     return weights
 
@@ -68,6 +95,28 @@ def halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place at the end; after an error `path` is what it was."""
+    temporary = path.with_name(f"{path.name}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_parts(total: int, size: int) -> None:
+    """Raises ExportError where a file of `total` bytes would make more parts of `size` than their names number."""
+    count = -(-total // size)
+    if count > MOST_PARTS:
+        enough = -(-total // (MOST_PARTS * 2**20))
+        raise ExportError(
+            f"--split-mib {size // 2**20}: makes {count} parts, more than {MOST_PARTS}. Take at least {enough}"
+        )
+
+
 def split(path: Path, size: int) -> list[Path]:
     """Parts of a file of at most `size` bytes, beside it; parts of an earlier split are removed."""
     for old in path.parent.glob(f"{path.name}.[0-9][0-9]"):
@@ -92,9 +141,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.split_mib is not None and args.split_mib < 1:
             raise ExportError(f"--split-mib {args.split_mib}: must be at least 1")
         path = checkpoint_file(args.checkpoint)
-        weights = weights_of(torch.load(path, map_location="cpu", weights_only=True), path)
+        weights = weights_of(read(path), path)
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"model": halved(weights)}, args.output)
+        with whole_file(args.output) as temporary:
+            torch.save({"model": halved(weights)}, temporary)
+            if args.split_mib is not None:
+                check_parts(temporary.stat().st_size, args.split_mib * 2**20)
+        parts = [] if args.split_mib is None else split(args.output, args.split_mib * 2**20)
     except (ExportError, OSError) as error:
         print(f"export_checkpoint.py: {error}", file=sys.stderr)
         return 2
@@ -102,8 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{path} -> {args.output}: {count / 1e6:.1f} million values, {args.output.stat().st_size / 2**20:.1f} MiB"
     )
-    if args.split_mib is not None:
-        parts = split(args.output, args.split_mib * 2**20)
+    if parts:
         print(f"in {len(parts)} parts: {parts[0]} to {parts[-1].name}")
     return 0
 

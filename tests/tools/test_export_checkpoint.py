@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import export_checkpoint
+import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -70,6 +72,37 @@ def test_parts_are_the_file(trained, tmp_path, monkeypatch):
     assert b"".join(p.read_bytes() for p in parts) == target.read_bytes()
 
 
+def test_more_parts_than_names_are_refused_and_change_nothing(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export_checkpoint, "MOST_PARTS", 1)
+    target = tmp_path / "half.pth"
+    target.write_bytes(b"of before")
+    (tmp_path / "half.pth.00").write_bytes(b"of before")
+    assert export_checkpoint.main([str(trained[0]), str(target), "--split-mib", "1"]) == 2
+    assert "--split-mib 1: makes 2 parts, more than 1. Take at least 2" in capsys.readouterr().err
+    assert [p.read_bytes() for p in sorted(tmp_path.glob("half.pth*"))] == [b"of before"] * 2
+
+
+def test_parts_have_two_digits():
+    mib = 2**20
+    export_checkpoint.check_parts(100 * mib, mib)  # .00 to .99
+    with pytest.raises(export_checkpoint.ExportError, match="makes 101 parts, more than 100"):
+        export_checkpoint.check_parts(100 * mib + 1, mib)
+
+
+def test_export_that_fails_leaves_the_file_of_before(trained, tmp_path, capsys, monkeypatch):
+    target = tmp_path / "half.pth"
+    target.write_bytes(b"of before")
+
+    def full_disk(data, path):
+        Path(path).write_bytes(b"half a file")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    assert export_checkpoint.main([str(trained[0]), str(target)]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.glob("half*")] == ["half.pth"] and target.read_bytes() == b"of before"
+
+
 @pytest.mark.parametrize(
     "value, message",
     [
@@ -95,12 +128,24 @@ def test_values_that_half_precision_does_not_hold_are_refused(trained, tmp_path,
         (["gone.pth", "x.pth"], "there is no file gone.pth"),
         ([".", "x.pth"], "has no last_checkpoint"),
         (["other.pth", "x.pth"], "holds no weights of a model"),
+        (["list.pth", "x.pth"], "holds no weights of a model"),
+        (["zoo.pkl", "x.pth"], "zoo.pkl cannot be read (Weights only load failed"),
+        (["cut.pth", "x.pth"], "cut.pth cannot be read ("),
+        (["half.pth", "x.pth"], "half.pth cannot be read ("),
+        (["empty.pth", "x.pth"], "must be a whole .pth of weights that training or this tool wrote"),
         (["other.pth", "x.pth", "--split-mib", "0"], "--split-mib 0: must be at least 1"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     torch.save({"metrics": 3}, tmp_path / "other.pth")
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    (tmp_path / "zoo.pkl").write_bytes(pickle.dumps({"model": {"weight": np.zeros(3)}}))
+    torch.save({"weight": torch.zeros(1000)}, tmp_path / "cut.pth")
+    whole = (tmp_path / "cut.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[:-500])
+    (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.pth").touch()
     assert export_checkpoint.main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x.pth").exists()
