@@ -17,6 +17,7 @@ from d2_trt.options import TensorRTOptions
 from d2_trt.parity import Comparison, exact_float32
 from d2_trt.shape_range import round_up
 from mask2former.backend import BackendError, build_backend
+from mask2former.data.errors import AnnotationError
 from mask2former.evaluation import build_test_loader, evaluate_model
 
 # (column, task of the results, name there), in points: percent.
@@ -174,6 +175,9 @@ class Images:
         Args:
             cfg: one name in DATASETS.TEST; TEST.BATCH_SIZE images make a batch.
             count: at most so many images; at least one.
+
+        Raises:
+            AnnotationError: one of these images cannot be read.
         """
         self._model = model
         loader = build_test_loader(cfg, cfg.DATASETS.TEST[0])
@@ -181,6 +185,9 @@ class Images:
         count = min(count, len(everything))
         places = [i * len(everything) // count for i in range(count)]
         self._inputs = [everything[place] for place in places]
+        for one in self._inputs:
+            if isinstance(one, AnnotationError):  # which only the loader's iterator raises
+                raise one
         self._batch = batch
         self.count = count
 

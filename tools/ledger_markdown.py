@@ -111,12 +111,13 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _maker(row: Row) -> str:
-    """Config, checkpoint, data set, machine and date of a row, in words."""
+    """Config and overrides, checkpoint, data set, machine and date of a row, in words."""
     tensorrt = f", TensorRT {row['tensorrt']}" if row["tensorrt"] else ""
     cuda = f" (CUDA {row['cuda']})" if row["cuda"] else ""
+    overrides = f" with `{row['overrides']}`" if row["overrides"] else ""
     return (
-        f"`{row['config']}`, checkpoint {row['checkpoint']}, {row['images']} images of {row['dataset']}, tensors compared "
-        f"on {row['compared']} of them; {row['gpu']}, PyTorch {row['torch']}{cuda}{tensorrt}, detectron2 "
+        f"`{row['config']}`{overrides}, checkpoint {row['checkpoint']}, {row['images']} images of {row['dataset']}, "
+        f"tensors compared on {row['compared']} of them; {row['gpu']}, PyTorch {row['torch']}{cuda}{tensorrt}, detectron2 "
         f"{row['detectron2']}, Python {row['python']}, {row['date']}"
     )
 

@@ -7,12 +7,16 @@ import csv
 import importlib.util
 from pathlib import Path
 
+import ledger_evaluation
 import ledger_markdown
 import pytest
 from ledger_evaluation import engine_cfg, images_outside, metric_columns
 from measurements import MeasurementFile, read_rows, size_pair
 
 from mask2former import get_mask2former_cfg
+from mask2former.data.datasets.shapes import register_shapes
+from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
+from mask2former.data.errors import AnnotationError
 from tests.d2_trt.backend_helpers import workshop as workshop
 from tests.tools.shapes_checkpoint import CONFIG, REPO, make_checkpoint, overrides
 from tests.tools.shapes_checkpoint import one_thread as one_thread
@@ -245,6 +249,28 @@ def test_page_without_a_place_is_refused_before_anything_is_measured(run, tmp_pa
     status, rows = run("--backend", "torch", "--markdown", str(path), "--section", "zoo")
     assert status == 2 and rows == [] and path.read_bytes() == before
     assert begin in capsys.readouterr().err
+
+
+def test_rows_of_other_overrides_have_another_note(ledger):
+    rows = [
+        row_of(ledger, overrides=words, status="failed", min_size="1", max_size="2", batch="1")
+        for words in ("", "MODEL.TENSORRT.MSDA plugin", "")
+    ]
+    lines = ledger_markdown.table(rows).splitlines()
+    assert [line.rstrip("| ")[-1] for line in lines[2:5]] == ["1", "2", "1"]
+    assert "with" not in lines[6] and "with `MODEL.TENSORRT.MSDA plugin`, checkpoint" in lines[7]
+
+
+def test_damaged_image_is_named(tmp_path):
+    prefix = "ledgerdamaged"
+    make_shapes_dataset(tmp_path / "shapes", ShapesOptions(train=1, val=3, min_size=48, max_size=80))
+    register_shapes(str(tmp_path / "shapes"), prefix)
+    image = tmp_path / "shapes" / "val" / "images" / "1000002.png"
+    image.write_bytes(image.read_bytes()[:300])
+    cfg = get_mask2former_cfg(REPO / CONFIG, ["MODEL.DEVICE", "cpu", *overrides(prefix)])
+    with pytest.raises(AnnotationError, match=r"1000002\.png \(image_id 1000002\) cannot be read"):
+        ledger_evaluation.Images(cfg, None, 3)
+    assert ledger_evaluation.Images(cfg, None, 1).count == 1
 
 
 def test_reason_with_a_bar_does_not_break_the_table(ledger):
