@@ -210,8 +210,6 @@ def run(args: argparse.Namespace, argv: list[str]):
         "config": config_name(args.config_file),
         "command": command_line(argv),
     }
-    if not common["tensorrt"]:
-        common["tensorrt"] = _tensorrt_version(args)
     report = Report(args.output, common)
     bench = LocalBench(args, device)
     benches = [bench]
@@ -231,19 +229,6 @@ def _device(args: argparse.Namespace) -> str:
     import torch
 
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _tensorrt_version(args: argparse.Namespace) -> str:
-    """Of a TensorRT that is there without its package's metadata; empty where none is asked for."""
-    if "tensorrt" not in (args.backend or ()):
-        return ""
-    from d2_trt import compat
-    from d2_trt.errors import MissingDependencyError
-
-    try:
-        return compat.tensorrt().__version__
-    except MissingDependencyError:
-        return ""  # the configuration's own row says why
 
 
 def serve(args: argparse.Namespace) -> int:

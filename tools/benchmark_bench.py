@@ -22,13 +22,14 @@ class MeasureError(Exception):
 
 
 class _Member:
-    """A configuration: its columns, its backend while it is installed, and the stages of the case at hand."""
+    """A configuration: its columns, its backend while it is installed, the stages of the case at hand, those timed."""
 
     def __init__(self, columns: dict[str, Any], cuda: bool):
         self.columns = columns
         self.backend = None
         self.footprint = Footprint(cuda)
         self.stages: dict[str, Stage] = {}
+        self.timed: set[str] = set()
 
 
 class LocalBench:
@@ -124,6 +125,7 @@ class LocalBench:
         member = self._members[index]
         with _as_measure_error(), torch.no_grad(), self._active(member), member.footprint:
             subject = self._case(case)
+            member.timed.clear()
             if hasattr(subject, "loader"):
                 columns, member.stages = subject.prepare(self.subject, self.cfg, batch)
             else:
@@ -140,12 +142,13 @@ class LocalBench:
         member = self._members[index]
         work = member.stages[stage]
         if work.slow:
-            samples, warmup = 1, min(warmup, 1)
+            samples, warmup = 1, 0 if stage in member.timed else min(warmup, 1)
         with _as_measure_error(), torch.no_grad(), self._active(member), member.footprint:
             if self._timer.cuda:
                 before = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
             times = self._timer.samples(work, samples, warmup)
+            member.timed.add(stage)
             images = work.images
             if work.slow:  # a call is a run over many images: an image's share of it says more
                 times, images = [time / images for time in times], 1

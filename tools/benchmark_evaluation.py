@@ -44,8 +44,11 @@ class EvaluationCase:
             from mask2former.evaluation import check_test_sets
 
             check_test_sets(cfg)
-        records = get_detection_dataset_dicts([self.name], filter_empty=False)
-        self._records = records[: most_images or None]
+        records = get_detection_dataset_dicts([self.name], filter_empty=False)[: most_images or None]
+        if not release:
+            # As build_test_loader of mask2former.evaluation does: the mapper would read and resize the semantic maps.
+            records = [{k: v for k, v in record.items() if k != "sem_seg_file_name"} for record in records]
+        self._records = records
         self._mapper = DatasetMapper(cfg, False)
         self._inputs = [self._mapper(record) for record in self._records]
         self._folder = tempfile.TemporaryDirectory()

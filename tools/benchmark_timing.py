@@ -24,7 +24,7 @@ class Stage:
         images: how many images a call finishes.
         wall_clock: time from the host's start to the end of the GPU's work, where much of it is spent on the CPU.
         back_to_back: many calls, without waiting for the GPU between them, make a sample.
-        slow: one sample a round, without a warm-up of its own in later rounds.
+        slow: one sample a round, after at most one warm-up in the first and none in later rounds.
     """
 
     call: Callable[[], object]

@@ -17,7 +17,7 @@ import benchmark_release
 import pytest
 import torch
 from benchmark_bench import LocalBench, MeasureError, _Member
-from benchmark_evaluation import stand_in_for_panopticapi
+from benchmark_evaluation import EvaluationCase, stand_in_for_panopticapi
 from benchmark_limits import Ceilings
 from benchmark_model import draw_image
 from benchmark_rounds import run_all
@@ -28,10 +28,12 @@ from torch import nn
 
 from mask2former import get_mask2former_cfg
 from mask2former.backend import BackendError
+from mask2former.data.datasets.shapes import register_shapes
+from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
 from mask2former.evaluation.panoptic_quality import rgb_to_ids
 from mask2former.maskformer_model import MaskFormer
 from mask2former.modeling.pixel_decoder.ms_deform_attn import MSDeformAttn
-from tests.tools.test_benchmark import OPTS
+from tests.tools.test_benchmark import OPTS, REPO
 
 COLUMNS = {"gpu": "a GPU", "torch": "2", "tensorrt": ""}
 
@@ -129,6 +131,31 @@ def test_failures_have_a_row_with_the_reason(turns):
 
 
 # Times
+
+
+def test_slow_stages_are_warmed_up_in_the_first_round_only(monkeypatch):
+    stages = {name: Stage(lambda: None, images=4, slow=name == "slow") for name in ("slow", "core")}
+    member = benchmark_bench._Member({"backend": "torch"}, False)
+    bench = object.__new__(LocalBench)
+    bench._members, bench._timer, bench._reference = [member], Timer("cpu"), None
+    case = types.SimpleNamespace(loader=None, prepare=lambda *_: ({}, stages))
+    bench.subject, bench.cfg = None, None
+    monkeypatch.setattr(bench, "_case", lambda case_index: case)
+    monkeypatch.setattr(bench, "_active", lambda member: contextlib.nullcontext())
+    asked = []
+    monkeypatch.setattr(
+        bench._timer,
+        "samples",
+        lambda work, samples, warmup: asked.append((work.slow, samples, warmup)) or [8.0] * samples,
+    )
+    for case_index in (0, 1):
+        bench.prepare(0, case_index, 1)
+        for warmup in (10, 2, 2):
+            assert bench.measure(0, "slow", 3, warmup)["times"] == [2.0]  # an image's share
+            bench.measure(0, "core", 3, warmup)
+        bench.forget(0)
+    one_case = [(True, 1, 1), (False, 3, 10), (True, 1, 0), (False, 3, 2), (True, 1, 0), (False, 3, 2)]
+    assert asked == one_case * 2
 
 
 def test_summary_of_times():
@@ -320,6 +347,17 @@ def test_options_without_meaning_for_the_release_are_left_out():
     words = ["--release", "../R", "--backend", "torch", "tensorrt", "--compile-mode", "default"]
     words += ["--output=here", "--batch", "1", "2", "--", "A.B", "3"]
     assert benchmark_release.without_ours(words) == ["--batch", "1", "2", "--", "A.B", "3"]
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_semantic_maps_are_not_decoded_for_our_rows(tmp_path, release):
+    make_shapes_dataset(tmp_path / "shapes", ShapesOptions(train=1, val=2, max_size=128))
+    register_shapes(str(tmp_path / "shapes"), f"benchparts{release}")
+    opts = ["MODEL.DEVICE", "cpu", "DATASETS.TEST", f"('benchparts{release}_val_panoptic',)"]
+    cfg = get_mask2former_cfg(REPO / "configs/shapes/maskformer2_mini_shapes.yaml", opts)
+    case = EvaluationCase(cfg, 1, release)
+    (loaded,) = case.loader(cfg, 1)
+    assert [("sem_seg" in one) for one in (*case._inputs, *loaded)] == [release] * 2
 
 
 def test_stand_in_for_panopticapi_gives_its_colours(monkeypatch):
