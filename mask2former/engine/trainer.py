@@ -52,8 +52,13 @@ class TrainStep(SimpleTrainer):
     Under AMP the network runs in float16 with scaled losses on a GPU, as the release does, and in bfloat16 on a CPU.
     """
 
-    def __init__(self, model: nn.Module, data_loader: TrainLoader, optimizer, *, amp: bool):
+    def __init__(self, model: nn.Module, data_loader: TrainLoader, optimizer, *, amp: bool, max_iter: int):
+        """
+        Args:
+            max_iter: iterations of the whole training; no batch is loaded ahead in the last of them.
+        """
         super().__init__(model, data_loader, optimizer)
+        self.max_iter = max_iter
         self._device_type = next(model.parameters()).device.type
         self._amp = amp
         self._next_batch: list[dict] | None = None
@@ -74,7 +79,7 @@ class TrainStep(SimpleTrainer):
             total = sum(losses.values())
         self.optimizer.zero_grad(set_to_none=True)
         self.grad_scaler.scale(total).backward()
-        if self._device_type == "cuda":
+        if self._device_type == "cuda" and self.iter + 1 < self.max_iter:
             # While the GPU works: the next line waits for it.
             self._next_batch, seconds = self._load()
             data_time += seconds
@@ -132,7 +137,9 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = build_train_loader(cfg, seed=self.seed)
         model = create_ddp_model(model, broadcast_buffers=False)
-        self._trainer = TrainStep(model, data_loader, optimizer, amp=cfg.SOLVER.AMP.ENABLED)
+        self._trainer = TrainStep(
+            model, data_loader, optimizer, amp=cfg.SOLVER.AMP.ENABLED, max_iter=cfg.SOLVER.MAX_ITER
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = WholeFileCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -21,7 +22,9 @@ from mask2former import get_mask2former_cfg
 from mask2former.data import build_train_loader
 from mask2former.data.datasets.shapes import register_shapes
 from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
+from mask2former.data.errors import AnnotationError
 from mask2former.engine import Trainer, torch_training_cfg
+from mask2former.engine.trainer import TrainStep
 from mask2former.solver import build_optimizer
 
 PREFIX = "trainingtest"
@@ -76,6 +79,45 @@ class Crash(HookBase):
     def after_step(self):
         if self.trainer.iter == self.iteration:
             raise RuntimeError("power failure")
+
+
+class Counted:
+    """So many batches, and then a record that cannot be read."""
+
+    def __init__(self, good: int):
+        self.good, self.loaded = good, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.loaded == self.good:
+            raise AnnotationError("a damaged record")
+        self.loaded += 1
+        return [{"image": torch.ones(3)}]
+
+
+class OneLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, batch):
+        return {"loss": (self.weight * batch[0]["image"]).sum()}
+
+
+@pytest.mark.parametrize("good, readable", [(3, True), (2, False)])
+def test_last_iteration_loads_no_batch_ahead(monkeypatch, good, readable):
+    """As on a GPU, where the next batch is loaded while the GPU works."""
+    model, loader = OneLoss(), Counted(good)
+    step = TrainStep(model, loader, torch.optim.SGD(model.parameters(), 0.1), amp=False, max_iter=3)
+    step._device_type = "cuda"
+    monkeypatch.setattr(step, "_write_metrics", lambda *_: None)
+    with contextlib.nullcontext() if readable else pytest.raises(AnnotationError):
+        for step.iter in range(3):
+            step.run_step()
+            assert loader.loaded == min(step.iter + 2, 3)
+    assert loader.loaded == good
 
 
 @pytest.mark.slow
