@@ -1,5 +1,6 @@
 #include "attention/attention.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "attention/kernels.cuh"
@@ -14,9 +15,12 @@ constexpr std::int64_t kMaxRows = std::int64_t{1} << 24;  // queries or keys of 
 // As few keys without a mask, such as those of self-attention, take less time in one pass than in a second kernel.
 constexpr std::int64_t kFewKeys = 1024;
 constexpr int kMostResident = 3;
+// The work is divided among no more of them, so that the workspace of an engine that was built on one GPU suffices on another
+// of its kind with more of them.
+constexpr int kMostMultiprocessors = 192;
 
 void check_sizes(AttentionSizes const& sizes, Device const& on) {
-    check_device(on);
+    check_device(on, "attention");
     require(sizes.batch >= 0 && sizes.batch <= 65535, "attention: batch is ", sizes.batch, "; expected 0 to 65535");
     require(
         sizes.queries >= 0 && sizes.queries <= kMaxRows, "attention: ", sizes.queries, " queries; expected 0 to ", kMaxRows);
@@ -80,7 +84,8 @@ void launch(
     using Blocks = Shape<D, kMasked>;
     AttentionPlan const plan = plan_attention(
         batch, problem.queries, problem.keys, problem.heads, Blocks::kWarps * Blocks::kBlocks * kBlockRows,
-        kMasked || problem.keys > kFewKeys, std::int64_t{on.multiprocessors} * Blocks::kResident);
+        kMasked || problem.keys > kFewKeys,
+        std::int64_t{std::min(on.multiprocessors, kMostMultiprocessors)} * Blocks::kResident);
     require(
         plan.groups * problem.heads <= 65535, "attention: ", problem.queries, " queries of ", problem.heads,
         " heads are too many");
@@ -157,8 +162,8 @@ std::size_t attention_workspace(AttentionSizes const& sizes) {
     // In words of four bytes: of the mask, and of the splits' sums.
     std::int64_t const row = divide_up(sizes.keys, kTileKeys) + some_stride(sizes.keys) / 4;
     std::int64_t const mask = masked ? sizes.batch * rows_of(sizes) * row : 0;
-    // As many blocks at once as any of the kernels has.
-    std::int64_t const slots = std::int64_t{on.multiprocessors} * kMostResident;
+    // As many blocks at once as any of the kernels has on any GPU.
+    constexpr std::int64_t slots = std::int64_t{kMostMultiprocessors} * kMostResident;
     std::int64_t const splits = most_splits(sizes.batch, sizes.keys, sizes.heads, slots);
     return static_cast<std::size_t>(mask + splits * sizes.queries * floats_of_a_split(sizes)) * sizeof(float);
 }

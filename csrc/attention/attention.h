@@ -46,8 +46,8 @@ struct AttentionTensors {
     DType type = DType::kFloat16;
 };
 
-// Bytes of workspace that no call with at most these sizes exceeds, on the current device.
-// Throws std::invalid_argument where the sizes are not allowed, or the device has no such instructions (compute capability
+// Bytes of workspace that no call with at most these sizes exceeds, on any device.
+// Throws std::invalid_argument where the sizes are not allowed, or the current device has no such instructions (compute capability
 // below 8.0).
 std::size_t attention_workspace(AttentionSizes const& sizes);
 

@@ -38,17 +38,21 @@ inline Device const& device() {
     return known[index];
 }
 
-inline void check_device(Device const& on) {
-    require(on.major >= 8, "attention: needs a GPU of compute capability 8.0 or higher; this is ", on.major, ".x");
+inline void check_device(Device const& on, char const* what) {
+    require(on.major >= 8, what, ": needs a GPU of compute capability 8.0 or higher; this is ", on.major, ".x");
 }
 
-// Opens the shared memory that the kernel needs, once a device.
+// Opens the shared memory that the kernel needs: what a device has open for it only grows, also where several threads ask
+// for different sizes.
 template <typename Kernel>
 void open_shared(Kernel* kernel, int bytes, Device const& on, std::atomic<int> (&opened)[kMaxDevices]) {
     require(
         bytes <= on.shared_bytes, "attention: needs ", bytes, " bytes of shared memory; a block of this GPU may have ",
         on.shared_bytes);
     if (opened[on.index].load(std::memory_order_acquire) >= bytes) return;
+    static std::mutex opening;
+    std::lock_guard<std::mutex> const lock(opening);
+    if (opened[on.index].load(std::memory_order_relaxed) >= bytes) return;
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "attention: shared memory is refused");

@@ -13,9 +13,8 @@ void check_half(DType type, char const* what) {
     require(type != DType::kFloat32, what, ": features are float32; expected float16 or bfloat16");
 }
 
-template <typename T>
-void launch_product(MaskProblem const& problem, std::int64_t batch, Device const& on, cudaStream_t stream) {
-    constexpr int kBlocks = 4;
+template <typename T, int kBlocks>
+void launch_blocks(MaskProblem const& problem, std::int64_t batch, Device const& on, cudaStream_t stream) {
     static std::atomic<int> opened[kMaxDevices];
     int const bytes = mask_shared_bytes(kBlocks, problem.channels);
     open_shared(mask_kernel<T, kBlocks, false>, bytes, on, opened);
@@ -26,6 +25,12 @@ void launch_product(MaskProblem const& problem, std::int64_t batch, Device const
     check_cuda(cudaGetLastError(), "mask_product");
 }
 
+template <typename T>
+void launch_product(MaskProblem const& problem, std::int64_t batch, Device const& on, cudaStream_t stream) {
+    bool const four = mask_shared_bytes(4, problem.channels) <= on.shared_bytes;
+    four ? launch_blocks<T, 4>(problem, batch, on, stream) : launch_blocks<T, 2>(problem, batch, on, stream);
+}
+
 }  // namespace
 
 void mask_product(
@@ -33,7 +38,7 @@ void mask_product(
     std::int64_t pixels, std::int64_t channels, cudaStream_t stream) {
     constexpr std::int64_t kMost = std::int64_t{1} << 28;
     Device const& on = device();
-    check_device(on);
+    check_device(on, "mask_product");
     check_half(type, "mask_product");
     require(
         batch >= 0 && batch <= 65535 && queries >= 0 && queries <= 65535 && pixels >= 0 && pixels <= kMost,

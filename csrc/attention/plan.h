@@ -37,7 +37,8 @@ inline std::int64_t most_splits(std::int64_t batch, std::int64_t keys, std::int6
     return std::min(divide_up(keys, 32) * batch, std::max(slots / heads, batch));
 }
 
-// Whether a block of mask_kernel has two or four blocks of 16 queries: two where that leaves no multiprocessor more to do.
+// How many blocks of 16 queries a block of mask_kernel has: two where that makes no more blocks than there are
+// multiprocessors, else four.
 inline std::int64_t mask_blocks(
     std::int64_t batch, std::int64_t queries, std::int64_t keys, std::int64_t warps, std::int64_t multiprocessors) {
     std::int64_t const blocks = divide_up(divide_up(keys, 32), warps) * divide_up(queries, 32) * batch;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "attention/launch.cuh"
 #include "window_attention/kernel.cuh"
 
 namespace d2_trt {
@@ -42,6 +43,7 @@ void launch_for_dim(WindowAttentionProblem const& p, std::int64_t dim, std::int6
 
 void window_attention(
     WindowAttentionTensors const& t, WindowAttentionSizes const& s, float scale, cudaStream_t stream) {
+    check_device(device(), "window_attention");
     require(
         t.type != DType::kFloat32, "window_attention: qkv is float32; expected float16 or bfloat16");
     require(
@@ -52,7 +54,8 @@ void window_attention(
     require(
         s.batch >= 0 && s.height >= 0 && s.width >= 0 && s.height <= 1 << 20 && s.width <= 1 << 20 &&
             s.height * s.width <= INT32_MAX,
-        "window_attention: a batch of ", s.batch, " maps of ", s.height, "x", s.width, "; expected maps of at most 2^31 pixels");
+        "window_attention: a batch of ", s.batch, " maps of ", s.height, "x", s.width, "; expected sides of at most 2^20 and at most ",
+        INT32_MAX, " pixels");
     std::int64_t const rows = (s.height + s.window - 1) / s.window, columns = (s.width + s.window - 1) / s.window;
     require(
         s.batch <= INT32_MAX && rows * columns <= INT32_MAX / (s.heads * std::max<std::int64_t>(s.batch, 1)),
