@@ -1,9 +1,8 @@
 // The kernel for the sizes of Mask2Former's pixel decoder: 8 heads of 32 channels, 3 levels of 4 points each.
 //
-// What bounds it is the first-level cache: 16 bytes a lane come in 4 cycles a warp where the lanes of each quarter of the
-// warp read the two halves of 128-byte lines, in 8 where they read one half twice. A line holds two heads of 16-bit values,
-// so that neighbouring groups of lanes work on neighbouring heads. And it should hold what a multiprocessor reads: its
-// warps work on neighbouring pixels of few heads, through a share of the image that is in one piece.
+// It is laid out for the first-level cache. A line of 128 bytes holds two heads of 16-bit values, and neighbouring groups of
+// lanes work on neighbouring heads, so that they read both halves of a line. And the cache should hold what a multiprocessor
+// reads: its warps work on neighbouring pixels of few heads, through a share of the image that is in one piece.
 #pragma once
 
 #include <type_traits>
@@ -80,6 +79,8 @@ __device__ __forceinline__ void make_plan(Problem const& problem, Plan& plan) {
     std::int64_t const area = static_cast<std::int64_t>(height) * width;
     bool const bad = height < 0 || width < 0 || area > problem.pixels;
     int const pixels = bad ? 0 : static_cast<int>(area);
+    // A level of no pixels has no sides either, so that none of its samples lies beside the value.
+    if (pixels == 0) height = width = 0;
     int const columns = pixels > 0 ? (width - 1) / kUnitWidth + 1 : 0;
     int const rows = pixels > 0 ? (height - 1) / kUnitHeight + 1 : 0;
     int start = 0, end = 0, all_pixels = 0, all_units = 0;

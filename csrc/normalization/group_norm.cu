@@ -17,7 +17,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr std::int64_t kMostSlices = 1024;
 constexpr std::int64_t kFewSlices = 12;  // of a group, so that 32 groups make a wave
 constexpr int kWholeThreads = 1024;      // that keep a group, kAhead times kWide elements each
-constexpr std::int64_t kOneWave = 396;   // blocks that an H100 runs at once: three on each processor
+constexpr std::int64_t kOneWave = 396;   // slices of a channels-last map at most: 3 for each of an H100's 132 processors
 constexpr std::int64_t kMostChannelsLast = kWide * kThreads;
 
 struct Moments {
