@@ -293,8 +293,8 @@ class TensorRTBackend:
         self, shapes: ShapeRange, images: Tensor | None, cache: EngineCache
     ) -> tuple[CacheEntry, Engine | None]:
         """A range's entry; with it the engine, where it was built and checked just now. Under the lock."""
-        spec = self._spec(shapes)
         identity = self._identity()
+        spec = self._spec(shapes, identity["compute_capability"])
         made: list[Engine] = []
 
         def build() -> BuiltEngine:
@@ -345,14 +345,16 @@ class TensorRTBackend:
         options = self.options
         return Engine(plan, self._model.device, options.max_cuda_graphs if options.cuda_graphs else 0)
 
-    def _spec(self, shapes: ShapeRange) -> builder.BuildSpec:
+    def _spec(self, shapes: ShapeRange, capability: tuple[int, int]) -> builder.BuildSpec:
         options = self.options
         if options.precision == "bf16" and not compat.strongly_typed():
             raise MissingDependencyError(
                 "MODEL.TENSORRT.PRECISION is 'bf16', which needs TensorRT 10 or newer; this is "
                 f"{compat.tensorrt().__version__}. Set it to fp16, tf32 or fp32."
             )
-        choices = {n.lower(): plugin.resolve(n, getattr(options, n.lower())) for n in plugin.OPTIONS}
+        choices = {
+            n.lower(): plugin.resolve(n, getattr(options, n.lower()), capability) for n in plugin.OPTIONS
+        }
         return builder.BuildSpec(
             min_shape=shapes.min,
             opt_shape=shapes.opt,

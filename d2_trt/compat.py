@@ -113,7 +113,7 @@ def register_plugins() -> None:
         try:
             plugin.load()
         except MissingDependencyError as error:
-            # An engine may do without; one that needs it does not load, and MSDA plugin and auto raise by themselves.
+            # An engine may do without; one that needs it does not load, and plugin.resolve raises by itself.
             _warn_once(str(error))
 
 

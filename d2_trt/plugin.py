@@ -46,6 +46,8 @@ GROUP_NORM = Plugin("D2TRTGroupNorm", "1", "NORMALIZATION")
 PLUGINS = (ATTENTION, GROUP_NORM, LAYER_NORM, LEVEL_MASK_FEATURES, MASK_PRODUCT, MSDA, WINDOW_ATTENTION)
 # Keys below MODEL.TENSORRT that choose between our plugins and TensorRT's own means.
 OPTIONS = ("MSDA", "NORMALIZATION", "ATTENTION")
+# Compute capability from which on a GPU has the instructions of an option's plugins, where not all that TensorRT runs on do.
+_LEAST_CAPABILITY = {"ATTENTION": (8, 0)}
 
 
 def library() -> Path:
@@ -58,11 +60,11 @@ def is_built() -> bool:
     return library().is_file()
 
 
-def load(option: str = "MSDA") -> None:
+def load(option: str | None = None) -> None:
     """Make our plugins known to TensorRT's registry. Safe to call again, and from several threads.
 
     Args:
-        option: the one below MODEL.TENSORRT that wants them, for the error.
+        option: the one below MODEL.TENSORRT that wants them, for the error; None: no certain one.
 
     Raises:
         MissingDependencyError: the library is missing, was built for another TensorRT or from other sources, or does not
@@ -74,7 +76,7 @@ def load(option: str = "MSDA") -> None:
         path = library()
         if not path.is_file():
             raise MissingDependencyError(
-                f"MODEL.TENSORRT.{option} 'plugin' needs {path.name}, which is not built in {path.parent}. Run `python "
+                f"{_key(option)} 'plugin' needs {path.name}, which is not built in {path.parent}. Run `python "
                 "setup.py build_ext --inplace` with nvcc on the PATH and TENSORRT_INCLUDE_DIR set to NvInfer.h's folder, "
                 f"or {_way_out(option)}."
             )
@@ -90,8 +92,12 @@ def load(option: str = "MSDA") -> None:
             )
 
 
-def _way_out(option: str) -> str:
-    return f"set MODEL.TENSORRT.{option} to {'stock or native' if option == MSDA.option else 'native'}"
+def _key(option: str | None) -> str:
+    return f"MODEL.TENSORRT.{option or ', '.join(OPTIONS[:-1]) + ' and ' + OPTIONS[-1]}"
+
+
+def _way_out(option: str | None) -> str:
+    return f"set {_key(option)} to {'stock or native' if option == MSDA.option else 'native'}"
 
 
 def _missing() -> list[Plugin]:
@@ -104,7 +110,7 @@ def _creator(kind: Plugin):
     return found or compat.plugin_creator(kind.name, kind.version)
 
 
-def _check_version(path: Path, option: str) -> None:
+def _check_version(path: Path, option: str | None) -> None:
     try:
         version = ctypes.CDLL(str(path)).d2_trt_tensorrt_version()
     except (OSError, AttributeError) as error:
@@ -120,19 +126,28 @@ def _check_version(path: Path, option: str) -> None:
         )
 
 
-def resolve(option: str, choice: str) -> str:
+def resolve(option: str, choice: str, capability: tuple[int, int] | None = None) -> str:
     """What computes the operations of an option, from its value: "plugin", "stock" or "native".
 
-    "auto" is our plugin where it is built, else for MSDA NVIDIA's where TensorRT has it, else TensorRT's own layers.
+    "auto" is our plugin where it is built and the GPU has its instructions, else for MSDA NVIDIA's where TensorRT has it,
+    else TensorRT's own layers.
 
     Args:
         option: one of OPTIONS.
         choice: its value.
+        capability: the GPU's compute capability; None where there is none to ask, which then counts as high enough.
 
     Raises:
         MissingDependencyError: our plugin is to be used and cannot be.
     """
-    ours = any(kind.option == option for kind in PLUGINS)
+    least = _LEAST_CAPABILITY.get(option, (0, 0))
+    runs = capability is None or tuple(capability) >= least
+    if choice == "plugin" and not runs:
+        raise MissingDependencyError(
+            f"{_key(option)} 'plugin' needs a GPU of compute capability {least[0]}.{least[1]} or higher; this one has "
+            f"{capability[0]}.{capability[1]}: {_way_out(option)} or auto."
+        )
+    ours = runs and any(kind.option == option for kind in PLUGINS)
     if choice == "plugin" or (choice == "auto" and ours and is_built()):
         load(option)
         return "plugin"
@@ -184,7 +199,10 @@ def add_layer(network, kind: Plugin, inputs: list, fields: Mapping[str, torch.dt
     plugin = _creator(kind).create_plugin(kind.name, collection, *phase)
     if plugin is None:
         given = ", ".join(f"{name} {value}" for name, value in fields.items())
-        raise ValueError(f"{kind.name} is not to be had with {given} in TensorRT {trt.__version__}")
+        raise ValueError(
+            f"{kind.name} is not to be had with {given} in TensorRT {trt.__version__}; its log says why. To do without the "
+            f"plugin, {_way_out(kind.option)}."
+        )
     if compat.strongly_typed():
         return network.add_plugin_v3(inputs, [], plugin)
     return network.add_plugin_v2(inputs, plugin)

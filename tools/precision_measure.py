@@ -189,10 +189,11 @@ class PrecisionSearch:
 def plugins_of(options: TensorRTOptions) -> list[str]:
     """What our plugins compute in engines of these options, in words of plugin.OPTIONS, in lower case."""
     ours = []
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     for option in plugin.OPTIONS:
         choice = getattr(options, option.lower())
         try:
-            used = plugin.resolve(option, choice)
+            used = plugin.resolve(option, choice, capability)
         except MissingDependencyError:
             used = choice  # asked for, and here is no TensorRT to have it
         if used == "plugin":

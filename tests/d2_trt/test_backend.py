@@ -360,6 +360,19 @@ def test_plugin_is_taken_where_it_is_built(workshop, monkeypatch):
     assert [spec.msda for spec in workshop.built] == ["stock", "plugin", "stock", "native"]
 
 
+def test_attention_is_tensorrts_own_on_a_gpu_without_the_plugins_instructions(workshop, monkeypatch):
+    monkeypatch.setattr(plugin, "is_built", lambda: True)
+    monkeypatch.setattr(plugin, "load", lambda option: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    make_backend().prepare()
+    (spec,) = workshop.built
+    assert (spec.attention, spec.normalization, spec.msda) == ("native", "plugin", "plugin")
+    with pytest.raises(
+        MissingDependencyError, match=r"ATTENTION 'plugin' needs .* 8\.0 .* 7\.5: set MODEL\.TENSORRT"
+    ):
+        make_backend(ATTENTION="plugin").prepare()
+
+
 def test_bf16_needs_tensorrt_10(workshop, monkeypatch):
     monkeypatch.setattr(compat, "strongly_typed", lambda: False)
     with pytest.raises(MissingDependencyError, match=r"'bf16', which needs TensorRT 10.*Set it to fp16"):

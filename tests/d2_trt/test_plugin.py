@@ -7,6 +7,7 @@ the library of csrc/trt_plugin, built for the TensorRT in use.
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 import sys
@@ -110,7 +111,10 @@ def small_network(trt, value_dtype=F32, sampling_dtype=F32, given=None):  # noqa
 @pytest.mark.parametrize(("value", "sampling"), [(F32, F32), (F16, F16), (F16, F32), (BF16, BF16)])
 def test_plugin_layer_computes_the_definition(registered, value, sampling):
     if value == BF16 and not compat.strongly_typed():
-        with pytest.raises(ValueError, match=r"not to be had with value_type torch\.bfloat16"):
+        with pytest.raises(
+            ValueError,
+            match=r"not to be had with value_type torch\.bfloat16.*log says why.*TENSORRT\.MSDA to stock or native",
+        ):
             small_network(registered, value, sampling)
         return
     network = small_network(registered, value, sampling)
@@ -142,6 +146,21 @@ def test_types_that_the_plugin_does_not_have(registered):
 
 
 # Finding and loading
+
+
+def test_list_of_plugins_is_that_of_the_cores():
+    """Names and versions in csrc/trt_plugin, and the cores that plugins.h registers."""
+    folder = Path(plugin.__file__).parent.parent / "csrc" / "trt_plugin"
+    pattern = (
+        r'struct (\w+) \{\s+static constexpr char const\* kName = "(\w+)";\s+'
+        r'static constexpr char const\* kVersion = "(\w+)";'
+    )
+    text = "".join(path.read_text() for path in folder.glob("*_core.h"))
+    cores = re.findall(pattern, text)
+    assert len(cores) == text.count("kName =") == text.count("kVersion =")
+    assert sorted(core[1:] for core in cores) == sorted((p.name, p.version) for p in plugin.PLUGINS)
+    listed = (folder / "plugins.h").read_text()
+    assert all(re.search(rf"\b{core}\b", listed) for core, *_ in cores)
 
 
 @pytest.fixture
@@ -178,6 +197,23 @@ def test_library_is_loaded_once_by_whoever_comes_first(built):
     assert plugin.resolve("MSDA", "auto") == plugin.resolve("MSDA", "plugin") == "plugin"
 
 
+def test_attention_is_ours_only_on_gpus_that_have_its_instructions(built):
+    assert plugin.resolve("ATTENTION", "auto", (7, 5)) == "native"
+    with pytest.raises(
+        MissingDependencyError,
+        match=r"ATTENTION 'plugin' needs.* 8\.0.*7\.5: set MODEL\.TENSORRT\.ATTENTION to native",
+    ):
+        plugin.resolve("ATTENTION", "plugin", (7, 5))
+    assert built.opened == 0
+    for capability in ((8, 0), (9, 0), (12, 0), None):
+        assert plugin.resolve("ATTENTION", "auto", capability) == "plugin"
+        assert plugin.resolve("ATTENTION", "plugin", capability) == "plugin"
+    assert (
+        plugin.resolve("NORMALIZATION", "auto", (7, 5)) == plugin.resolve("MSDA", "auto", (7, 5)) == "plugin"
+    )
+    assert plugin.resolve("ATTENTION", "native", (7, 5)) == "native"
+
+
 def test_registering_plugins_registers_ours(built):
     compat.register_plugins()
     assert built.opened == 1
@@ -204,6 +240,7 @@ def test_engine_without_our_plugin_needs_no_library_that_loads(built, monkeypatc
     compat.register_plugins()
     compat.register_plugins()
     assert len(said) == 1 and "built for TensorRT 9" in said[0]
+    assert "set MODEL.TENSORRT.MSDA, NORMALIZATION and ATTENTION to native" in said[0]
 
 
 def test_damaged_library_is_named(built, monkeypatch):
