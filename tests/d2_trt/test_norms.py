@@ -173,18 +173,23 @@ def network_of(trt, kind, fields, *shapes):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "shapes"),
+    ("kind", "fields", "shapes", "told"),
     [
-        (plugin.LAYER_NORM, LAYER, [(2, 8), (7,), (8,)]),
-        (plugin.LAYER_NORM, LAYER, [(2, 8), (8,)]),
-        (plugin.LAYER_NORM, LAYER, [(2, 8), (8,), (8,), (2, 8)]),
-        (plugin.LAYER_NORM, {**LAYER, "residual_type": F32}, [(2, 8), (8,), (8,), (1, 8)]),
-        (plugin.GROUP_NORM, GROUP, [(2, 8, 3), (8,), (8,)]),
-        (plugin.GROUP_NORM, GROUP, [(2, 12, 3, 3), (12,), (12,)]),
+        (plugin.LAYER_NORM, LAYER, [(2, 8), (7,), (8,)], r"weight \(7,\) and bias \(8,\) for x \(2, 8\)"),
+        (plugin.LAYER_NORM, LAYER, [(2, 8), (8,)], "2 inputs; D2TRTLayerNorm takes 3"),
+        (plugin.LAYER_NORM, LAYER, [(2, 8), (8,), (8,), (2, 8)], "4 inputs; D2TRTLayerNorm takes 3"),
+        (
+            plugin.LAYER_NORM,
+            {**LAYER, "residual_type": F32},
+            [(2, 8), (8,), (8,), (1, 8)],
+            r"a residual \(1, 8\) for x \(2, 8\)",
+        ),
+        (plugin.GROUP_NORM, GROUP, [(2, 8, 3), (8,), (8,)], "ranks must be 4, 1, 1"),
+        (plugin.GROUP_NORM, GROUP, [(2, 12, 3, 3), (12,), (12,)], "12 weights, 12 biases; made for 8"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(registered, kind, fields, shapes):  # noqa: F811
-    with pytest.raises(Refused):
+def test_shapes_that_do_not_fit_are_refused(registered, kind, fields, shapes, told):  # noqa: F811
+    with pytest.raises(Refused, match=told):
         network_of(registered, kind, fields, *shapes).check()
 
 

@@ -133,20 +133,20 @@ def test_fields_that_are_not_allowed(registered, change):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "shapes",
+    ("shapes", "told"),
     [
-        [(1, 5, 6, 90), (96,), (2, 13, 13)],
-        [(1, 5, 6, 96), (90,), (2, 13, 13)],
-        [(1, 5, 6, 96), (96,), (2, 7, 13)],
-        [(5, 6, 96), (96,), (2, 13, 13)],
+        ([(1, 5, 6, 90), (96,), (2, 13, 13)], r"qkv \(1, 5, 6, 90\), its"),
+        ([(1, 5, 6, 96), (90,), (2, 13, 13)], r"its bias \(90,\)"),
+        ([(1, 5, 6, 96), (96,), (2, 7, 13)], r", bias \(2, 7, 13\)"),
+        ([(5, 6, 96), (96,), (2, 13, 13)], r"qkv \(5, 6, 96\), its"),
     ],
 )
-def test_shapes_that_do_not_fit(registered, shapes):  # noqa: F811
+def test_shapes_that_do_not_fit(registered, shapes, told):  # noqa: F811
     network = build_network(registered)
     types = [registered.float16, registered.float32, registered.float32]
     inputs = [network.add_input(f"x{i}", t, s) for i, (t, s) in enumerate(zip(types, shapes))]
     network.mark_output(plugin.add_layer(network, plugin.WINDOW_ATTENTION, inputs, FIELDS).get_output(0))
-    with pytest.raises(Refused):
+    with pytest.raises(Refused, match=told):
         network.check()
 
 
