@@ -204,16 +204,15 @@ print("at the end")
 """
 
 
-@pytest.mark.parametrize(("seconds", "pause", "status"), [(60, 0, -signal.SIGINT), (0.1, 0.5, 0)])
+@pytest.mark.parametrize(("seconds", "pause", "status"), [(900, 0, -signal.SIGINT), (0.1, 0.5, 0)])
 def test_process_ends_at_once_beside_a_build_and_as_always_after_it(seconds, pause, status):
     program = PROGRAM.replace("SECONDS", str(seconds)).replace("PAUSE", str(pause))
-    started = time.monotonic()
+    # On a loaded machine it takes long to start, but never as long as the build.
     ended = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPO_ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], cwd=REPO_ROOT, capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == status, ended.stderr
     assert ended.stdout.split("\n")[:2] == ["interrupted", "at the end"]
-    assert time.monotonic() - started < 50
 
 
 # On TensorRT itself

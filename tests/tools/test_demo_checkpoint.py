@@ -61,7 +61,7 @@ def test_demo_of_drawn_scenes_uses_it_without_being_asked(tmp_path, capsys):
     report = tmp_path / "report.json"
     words = ["--draw", "1", "--device", "cpu", "--output", str(tmp_path / "scene.png"), "--json", str(report)]
     assert tool.main(words) == 0
-    assert "random" not in capsys.readouterr().err
+    assert "the weights are random" not in capsys.readouterr().err
     content = json.loads(report.read_text())
     assert content["random_weights"] is False and content["weights"] == str(WEIGHTS)
     truth = {c.name for c in CATEGORIES for s in draw_scene(0).segments if s["category_id"] == c.dataset_id}
