@@ -166,6 +166,11 @@ class Trainer(DefaultTrainer):
         """Evaluate on DATASETS.TEST; see `evaluate_model`."""
         if evaluators is not None:
             raise ValueError("evaluators follow from the config: pass none")
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+            # BatchNorm's statistics are of a process's own images: all evaluate the first one's, as checkpoints hold them.
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
         # Test images differ in size: cuDNN would search its kernels anew for most of them.
         with torch.backends.cudnn.flags(
             enabled=torch.backends.cudnn.enabled,
@@ -173,7 +178,7 @@ class Trainer(DefaultTrainer):
             deterministic=torch.backends.cudnn.deterministic,
             allow_tf32=torch.backends.cudnn.allow_tf32,
         ):
-            return evaluate_model(cfg, model.module if isinstance(model, DistributedDataParallel) else model)
+            return evaluate_model(cfg, model)
 
     def build_hooks(self) -> list:
         made = super().build_hooks()
