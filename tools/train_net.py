@@ -71,6 +71,8 @@ class UsageError(Exception):
 def build_parser() -> argparse.ArgumentParser:
     parser = default_argument_parser(epilog=EPILOG)
     parser.description = __doc__
+    # detectron2's own default is one port for all jobs of a user: a second job beside the first could not start.
+    parser.set_defaults(dist_url="auto")
     parser.add_argument(
         "--time-limit",
         type=float,
@@ -89,15 +91,27 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError(f"--time-limit {args.time_limit:g}: must be a positive number of seconds")
     if args.time_limit is not None and args.eval_only:
         raise UsageError("--time-limit is of training: leave it out with --eval-only")
-    if args.num_gpus < 1:
+    if args.num_machines > 1 and args.dist_url == "auto":
         raise UsageError(
-            f"--num-gpus {args.num_gpus}: must be at least 1. To run without a GPU, leave --num-gpus out and "
-            "add MODEL.DEVICE cpu"
+            f"--num-machines {args.num_machines} needs --dist-url tcp://HOST:PORT, the same on all of them: an address of "
+            "the machine with --machine-rank 0 and a free port there"
+        )
+    check_gpus(args.num_gpus)
+
+
+def check_gpus(count: int) -> None:
+    """
+    Raises:
+        UsageError: this machine does not have so many.
+    """
+    if count < 1:
+        raise UsageError(
+            f"--num-gpus {count}: must be at least 1. To run without a GPU, leave --num-gpus out and add MODEL.DEVICE cpu"
         )
     available = torch.cuda.device_count()
-    if args.num_gpus > max(available, 1):
+    if count > max(available, 1):
         raise UsageError(
-            f"--num-gpus {args.num_gpus}, but PyTorch {torch.__version__} sees {available} GPUs. "
+            f"--num-gpus {count}, but PyTorch {torch.__version__} sees {available} GPUs. "
             + ("Use at most as many" if available else "Leave --num-gpus out and add MODEL.DEVICE cpu")
         )
 

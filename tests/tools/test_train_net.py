@@ -209,6 +209,23 @@ def test_more_gpus_than_there_are(run, monkeypatch, count, available):
     assert f"--num-gpus {count}" in message and f"sees {available} GPUs" in message
 
 
+def test_two_jobs_of_a_user_do_not_share_a_port(train_net, available, monkeypatch):
+    made = []
+    monkeypatch.setattr(train_net, "launch", lambda main, gpus, **more: made.append((gpus, more)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    words = ["--eval-only", "--config-file", CONFIG, "--num-gpus", "2"]
+    assert train_net.run(words) == 0
+    assert train_net.run([*words, "--dist-url", "tcp://10.0.0.1:5000"]) == 0
+    # detectron2's launch finds a free port for "auto".
+    assert [(gpus, more["dist_url"]) for gpus, more in made] == [(2, "auto"), (2, "tcp://10.0.0.1:5000")]
+
+
+def test_several_machines_have_to_know_where_to_meet(run):
+    message = run("--eval-only", "--config-file", CONFIG, "--num-machines", "2", "MODEL.DEVICE", "cpu")
+    assert "--num-machines 2 needs --dist-url tcp://HOST:PORT" in message
+
+
 def test_no_gpus_at_all_is_spelled_otherwise(run):
     assert "MODEL.DEVICE cpu" in run("--eval-only", "--config-file", CONFIG, "--num-gpus", "0")
 
