@@ -44,7 +44,7 @@ def test_command_draws_and_hands_the_rest_to_train_net(calls):
     assert 1 <= cfg.DATALOADER.NUM_WORKERS <= 12
 
 
-@pytest.mark.parametrize("model", ["r50", "small"])
+@pytest.mark.parametrize("model", ["r50", "small", "swin_t"])
 def test_recipes_train_from_nothing_and_anneal_to_their_end(calls, model):
     assert train_shapes.main(["--model", model]) == 0
     args = train_shapes.train_net.build_parser().parse_args(calls[1])
@@ -54,6 +54,36 @@ def test_recipes_train_from_nothing_and_anneal_to_their_end(calls, model):
     assert cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR" and cfg.SOLVER.BACKBONE_MULTIPLIER == 1.0
     # More queries than a scene has segments.
     assert cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES > 20
+
+
+@pytest.mark.parametrize("gpus, cores, workers", [(1, 64, 12), (2, 16, 8), (4, 16, 4), (4, 2, 1)])
+def test_gpus_share_batch_and_cores(calls, monkeypatch, gpus, cores, workers):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(train_shapes.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert train_shapes.main(["--model", "swin_t", "--num-gpus", str(gpus)]) == 0
+    args = train_shapes.train_net.build_parser().parse_args(calls[1])
+    assert args.num_gpus == gpus
+    cfg = get_mask2former_cfg(args.config_file, args.opts)
+    # NUM_WORKERS is of each process, IMS_PER_BATCH of all of them.
+    assert cfg.DATALOADER.NUM_WORKERS == workers and cfg.SOLVER.IMS_PER_BATCH == 32
+
+
+@pytest.mark.parametrize("gpus", ["0", "3"])
+def test_gpus_that_are_not_there_are_told_before_drawing(calls, monkeypatch, capsys, gpus):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert train_shapes.main(["--model", "small", "--num-gpus", gpus]) == 2
+    assert f"--num-gpus {gpus}" in capsys.readouterr().err and calls == []
+
+
+def test_swin_is_the_releases_swin_tiny(calls):
+    assert train_shapes.main(["--model", "swin_t"]) == 0
+    cfg = get_mask2former_cfg(str(train_shapes.CONFIGS["swin_t"]), [])
+    release = get_mask2former_cfg(
+        str(REPO / "configs/coco/panoptic-segmentation/swin/maskformer2_swin_tiny_bs16_50ep.yaml"), []
+    )
+    assert cfg.MODEL.BACKBONE.NAME == release.MODEL.BACKBONE.NAME == "D2SwinTransformer"
+    changed = {key for key, value in cfg.MODEL.SWIN.items() if value != release.MODEL.SWIN[key]}
+    assert changed == {"DROP_PATH_RATE"}
 
 
 def test_data_that_cannot_be_drawn_stops_it(calls, capsys, monkeypatch):
@@ -82,8 +112,13 @@ def test_resuming_does_not_draw_other_images(tmp_path, monkeypatch, capsys):
     assert train_shapes.main(["--model", "small", "--resume", "--images", "2"]) == 0
     assert len(runs) == 1 and (root / "manifest.json").read_bytes() == before
     # Anew, it draws what is asked for.
+    assert train_shapes.main(["--model", "small", "--images", "3", "--val", "2"]) == 0
+    assert train_shapes.drawn_images(str(root)) == (3, 2)
+    # The validation images that are there are good enough, whatever their number.
     assert train_shapes.main(["--model", "small", "--images", "3"]) == 0
-    assert train_shapes.drawn_images(str(root)) == 3
+    assert train_shapes.drawn_images(str(root)) == (3, 2)
+    assert train_shapes.main(["--model", "small", "--images", "3", "--resume", "--val", "1"]) == 0
+    assert train_shapes.drawn_images(str(root)) == (3, 1)
 
 
 def test_images_that_are_gone_are_drawn_again_to_resume(calls):
