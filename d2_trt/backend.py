@@ -8,7 +8,6 @@ import itertools
 import threading
 import time
 import weakref
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from . import builder, cache_key, compat, parity, plugin
 from .cache import BuiltEngine, CacheEntry, EngineCache
 from .cache_timing import TimingCache
 from .engine import Engine
-from .errors import BuildError, D2TRTError, EngineShapeError, MissingDependencyError
+from .errors import BuildError, D2TRTError, EngineShapeError, MissingDependencyError, first_line
 from .logging import follow_detectron2, get_logger
 from .options import TensorRTOptions
+from .run_record import RunRecord
 from .sample_images import SampleImages, verified_batches
 from .shape_range import ShapeRange
 
@@ -82,9 +82,7 @@ class TensorRTBackend:
         self._weights: str | None = None
         self._stale = False
         self._unavailable: D2TRTError | None = None
-        self._count_lock = threading.Lock()
-        self._images_run: Counter[str] = Counter()
-        self._reasons: dict[Any, str] = {}
+        self._record = RunRecord()
         notice = _notice_for(self)
         for module in model.modules():  # the hooks of a part run when that part alone is loaded
             module.register_load_state_dict_post_hook(notice)
@@ -125,13 +123,12 @@ class TensorRTBackend:
             except EngineShapeError as error:
                 if self.options.on_out_of_range == "raise":
                     raise
-                self._say_once(
+                self._record.warn_once(
                     "range", f"{error} PyTorch runs such images (MODEL.TENSORRT.ON_OUT_OF_RANGE torch)."
                 )
             else:
                 engine = self._engine(shapes, images)
-        with self._count_lock:
-            self._images_run["torch" if engine is None else "tensorrt"] += len(images)
+        self._record.count("torch" if engine is None else "tensorrt", len(images))
         return self._model.core(images) if engine is None else engine(images)
 
     def weights_changed(self) -> None:
@@ -165,13 +162,12 @@ class TensorRTBackend:
             failure = self._unavailable or next(iter(self._failures.values()), None)
             name = "tensorrt"
             if failure is not None and not self._loaded:
-                name = f"torch (fallback: {_first_line(failure)})"
+                name = f"torch (fallback: {first_line(failure)})"
             return {
                 "backend": name,
                 "precision": self.options.precision,
                 "engines": [loaded.describe() for loaded in self._loaded.values()],
-                "images": {runner: self._images_run[runner] for runner in ("tensorrt", "torch")},
-                "reasons": list(self._reasons.values()),
+                **self._record.describe(),
             }
 
     # Which engine
@@ -236,15 +232,7 @@ class TensorRTBackend:
         compat.tensorrt()
 
     def _say_fallback(self, error: D2TRTError) -> None:
-        self._say_once(error, f"PyTorch runs the network (MODEL.TENSORRT.ON_ERROR torch): {error}")
-
-    def _say_once(self, about: Any, message: str) -> None:
-        """Warn, and keep for describe(), unless something was said about this before."""
-        with self._count_lock:
-            if about in self._reasons:
-                return
-            self._reasons[about] = message
-        logger.warning(message)
+        self._record.warn_once(error, f"PyTorch runs the network (MODEL.TENSORRT.ON_ERROR torch): {error}")
 
     # Loading and building
 
@@ -335,7 +323,7 @@ class TensorRTBackend:
                     )
         except torch.cuda.OutOfMemoryError as error:
             raise BuildError(
-                f"the GPU's memory does not suffice to build and check the engine ({_first_line(error)}). Lower "
+                f"the GPU's memory does not suffice to build and check the engine ({first_line(error)}). Lower "
                 "MODEL.TENSORRT.MAX_BATCH_SIZE, the range in MODEL.TENSORRT.SHAPES or MODEL.TENSORRT.WORKSPACE, or free "
                 "memory of the GPU."
             ) from error
@@ -414,7 +402,3 @@ def _notice_for(backend: TensorRTBackend):
 
 def _on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

@@ -17,7 +17,7 @@ from torch import nn
 from . import compat, progress
 from .build_report import BuildReport
 from .converters import Graph, Guard, converter_table
-from .errors import BuildError, MissingDependencyError
+from .errors import BuildError, MissingDependencyError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ def build_engine(
             built = _build(model, spec, images, timing_cache or b"")
     except torch.cuda.OutOfMemoryError as error:
         raise BuildError(
-            f"the GPU's memory ran out while the model was traced ({str(error).splitlines()[0]})"
+            f"the GPU's memory ran out while the model was traced ({first_line(error)})"
             f"{_memory_hint(spec, images.device)}"
         ) from error
     # torch2trt's context and the converter table refer to each other, and hold a copy of all weights between them.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import first_line
 from .logging import get_logger
 
 logger = get_logger(__name__)
@@ -154,7 +155,7 @@ class GraphCache:
         try:
             run = capture()
         except RuntimeError as error:  # torch's for CUDA and for memory, BuildError for TensorRT
-            self.failure = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            self.failure = f"{type(error).__name__}: {first_line(error)}"
             logger.warning(
                 "A CUDA graph for images %s (B, 3, H, W) could not be captured; the engine's kernels are launched one by "
                 "one from now on (MODEL.TENSORRT.CUDA_GRAPHS False does without graphs and this message): %s",

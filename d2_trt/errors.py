@@ -41,3 +41,8 @@ class ImageError(D2TRTError):
     def __init__(self, message: str, index: int):
         super().__init__(message)
         self.index = index
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first: those of CUDA go on for a page."""
+    return str(error).splitlines()[0]

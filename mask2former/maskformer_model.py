@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .backend import build_backend, check_backend
 from .modeling.criterion import build_criterion
 from .modeling.targets import prepare_targets
-from .postprocessing import PostprocessOptions, postprocess
+from .postprocess_options import PostprocessOptions
+from .postprocessing import postprocess
 
 # Images of at least so many bytes go to the GPU through pinned memory, which PyTorch keeps for the next ones.
 STAGED_BYTES = 1 << 20

@@ -18,21 +18,16 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from . import kernels
+from .postprocess_options import PostprocessOptions
 from .rle import RLEMasks
 
-if TYPE_CHECKING:
-    from .postprocessing import PostprocessOptions
-
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
 # Bytes that scratch areas are aligned to.
 _ALIGNMENT = 256
 

@@ -8,7 +8,8 @@ import torch
 from detectron2.modeling import build_model
 
 from mask2former import get_mask2former_cfg, postprocessing
-from mask2former.postprocessing import PostprocessOptions, postprocess
+from mask2former.postprocess_options import PostprocessOptions
+from mask2former.postprocessing import postprocess
 from tests.golden import MINI_MODELS, config_path, mini_model, relative_error
 
 pytestmark = pytest.mark.gpu

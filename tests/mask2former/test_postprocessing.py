@@ -6,7 +6,8 @@ import torch
 from detectron2.structures import BitMasks
 
 from mask2former import postprocessing
-from mask2former.postprocessing import PostprocessOptions, postprocess
+from mask2former.postprocess_options import PostprocessOptions
+from mask2former.postprocessing import postprocess
 from tests.golden import load_arrays, load_json, mini_cfg, unpack_masks
 
 SPEC = load_json("postprocess")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mask2former import kernels, postprocessing, postprocessing_cuda
-from mask2former.postprocessing import PostprocessOptions, postprocess
+from mask2former.postprocess_options import PostprocessOptions
+from mask2former.postprocessing import postprocess
 from mask2former.rle import RLEMasks
 
 needs_kernels = [

@@ -7,7 +7,8 @@ from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_util
 
 from mask2former import kernels
-from mask2former.postprocessing import PostprocessOptions, postprocess
+from mask2former.postprocess_options import PostprocessOptions
+from mask2former.postprocessing import postprocess
 from mask2former.rle import RLEMasks
 from tests.golden import mini_cfg
 
