@@ -5,11 +5,30 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import pytest
+
 from d2_trt.cache import BuiltEngine, EngineCache
 from d2_trt.cache_key import digest, key_ingredients
 from d2_trt.shape_range import ShapeRange
 
 SIZE = 4000
+
+
+@pytest.fixture(autouse=True)
+def captured(caplog, monkeypatch):
+    """Messages reach caplog even after another test set up detectron2's logging."""
+    monkeypatch.setattr(logging.getLogger("d2_trt"), "propagate", True)
+    caplog.set_level(logging.DEBUG, logger="d2_trt")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def cache(folder):
+    return EngineCache(folder)
 
 
 def ingredients(number: int = 0, **changes) -> dict:

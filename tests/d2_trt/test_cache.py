@@ -1,7 +1,6 @@
 """EngineCache in one process: what it keeps, what it looks after, and how threads share it."""
 
 import json
-import logging
 import math
 import os
 import threading
@@ -24,25 +23,11 @@ from tests.d2_trt.cache_helpers import (
     put,
     warnings,
 )
+from tests.d2_trt.cache_helpers import cache as cache
+from tests.d2_trt.cache_helpers import captured as captured
+from tests.d2_trt.cache_helpers import folder as folder
 
 KEY = key_of(0)
-
-
-@pytest.fixture(autouse=True)
-def captured(caplog, monkeypatch):
-    """Messages reach caplog even after another test set up detectron2's logging."""
-    monkeypatch.setattr(logging.getLogger("d2_trt"), "propagate", True)
-    caplog.set_level(logging.DEBUG, logger="d2_trt")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def cache(folder):
-    return EngineCache(folder)
 
 
 # What is kept.

@@ -3,7 +3,6 @@
 import builtins
 import errno
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -25,25 +24,11 @@ from tests.d2_trt.cache_helpers import (
     put,
     warnings,
 )
+from tests.d2_trt.cache_helpers import cache as cache
+from tests.d2_trt.cache_helpers import captured as captured
+from tests.d2_trt.cache_helpers import folder as folder
 
 KEY = key_of(0)
-
-
-@pytest.fixture(autouse=True)
-def captured(caplog, monkeypatch):
-    """Messages reach caplog even after another test set up detectron2's logging."""
-    monkeypatch.setattr(logging.getLogger("d2_trt"), "propagate", True)
-    caplog.set_level(logging.DEBUG, logger="d2_trt")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def cache(folder):
-    return EngineCache(folder)
 
 
 def rewrite_sidecar(path: Path, change) -> None:

@@ -1,7 +1,6 @@
 """The engine cache's modes, and its listing, checking and pruning."""
 
 import contextlib
-import logging
 import os
 import time
 
@@ -23,25 +22,11 @@ from tests.d2_trt.cache_helpers import (
     put,
     warnings,
 )
+from tests.d2_trt.cache_helpers import cache as cache
+from tests.d2_trt.cache_helpers import captured as captured
+from tests.d2_trt.cache_helpers import folder as folder
 
 KEY = key_of(0)
-
-
-@pytest.fixture(autouse=True)
-def captured(caplog, monkeypatch):
-    """Messages reach caplog even after another test set up detectron2's logging."""
-    monkeypatch.setattr(logging.getLogger("d2_trt"), "propagate", True)
-    caplog.set_level(logging.DEBUG, logger="d2_trt")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def cache(folder):
-    return EngineCache(folder)
 
 
 # Modes.

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 
@@ -17,18 +15,15 @@ from mask2former.backend import BACKEND_REGISTRY, TorchBackend
 from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
 from tests.d2_trt import backend_helpers
 from tests.d2_trt.backend_helpers import workshop as workshop
+from tests.tools.loading import REPO, load_tool
 from tests.tools.test_demo import MINI
 
-REPO = Path(__file__).resolve().parents[2]
 OPTS = [word for pair in MINI.items() for word in pair]
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_tool", REPO / "tools" / "benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("benchmark")
 
 
 @pytest.fixture

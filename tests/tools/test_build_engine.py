@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shlex
 import subprocess
@@ -19,22 +18,14 @@ from d2_trt.errors import BuildError, ConversionError, MissingDependencyError
 from mask2former import get_mask2former_cfg
 from mask2former.data.datasets.shapes import draw_scene
 from tests.d2_trt.backend_helpers import TinyModel, workshop  # noqa: F401
+from tests.tools.loading import REPO, load_tool
 from tests.tools.test_demo import MINI
 
-REPO = Path(__file__).resolve().parents[2]
 CONFIG = REPO / "configs" / "coco" / "panoptic-segmentation" / "maskformer2_R50_bs16_50ep.yaml"
 SIZES = ("64x64", "64x96", "128x128")
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("build_engine_tool", REPO / "tools" / "build_engine.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-TOOL = load_tool()
+TOOL = load_tool("build_engine")
 
 import engine_config  # noqa: E402 - beside the tool
 

@@ -1,6 +1,5 @@
 """tools/cache.py from its arguments to its exit status."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,18 +12,9 @@ import pytest
 from d2_trt.cache import EngineCache
 from d2_trt.cache_timing import TimingCache
 from tests.d2_trt.cache_helpers import Builder, files, files_of, ingredients, key_of, put
+from tests.tools.loading import REPO, load_tool
 
-REPO = Path(__file__).resolve().parents[2]
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location("cache_tool", REPO / "tools" / "cache.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TOOL = load_tool()
+TOOL = load_tool("cache")
 
 
 @pytest.fixture

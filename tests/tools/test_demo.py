@@ -1,6 +1,5 @@
 """tools/demo.py from its arguments to its files, with a mini model on the CPU."""
 
-import importlib.util
 import json
 import signal
 import subprocess
@@ -19,8 +18,8 @@ from mask2former.data.datasets.shapes import draw_scene
 from mask2former.utils import demo as demo_module
 from mask2former.utils.media import MediaError, VideoSink, count_frames
 from mask2former.utils.visualization import Painter
+from tests.tools.loading import REPO, load_tool
 
-REPO = Path(__file__).resolve().parents[2]
 CONFIG = REPO / "configs" / "coco" / "panoptic-segmentation" / "maskformer2_R50_bs16_50ep.yaml"
 MINI = {
     "DATASETS.TRAIN": "('shapes_train_panoptic',)",
@@ -46,14 +45,7 @@ def words(opts: dict[str, str]) -> list[str]:
     return [word for pair in opts.items() for word in pair]
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("demo_tool", REPO / "tools" / "demo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TOOL = load_tool()
+TOOL = load_tool("demo")
 
 
 def run(*arguments, **opts: str) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +12,8 @@ from mask2former import get_mask2former_cfg
 from mask2former.data.datasets.shapes import draw_scene
 from mask2former.data.datasets.shapes_scene import CATEGORIES, SceneRandom, scene_size
 from mask2former.evaluation.panoptic_quality import PQStat, match_segments
+from tests.tools.loading import REPO, load_tool
 
-REPO = Path(__file__).resolve().parents[2]
 CONFIG = REPO / "configs/shapes/maskformer2_small_shapes.yaml"
 WEIGHTS = CONFIG.with_suffix(".pth")
 
@@ -55,9 +53,7 @@ def test_scenes_of_the_validation_set_are_segmented_rightly(predictor):
 
 
 def test_demo_of_drawn_scenes_uses_it_without_being_asked(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("demo_tool", REPO / "tools" / "demo.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool("demo")
     report = tmp_path / "report.json"
     words = ["--draw", "1", "--device", "cpu", "--output", str(tmp_path / "scene.png"), "--json", str(report)]
     assert tool.main(words) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import re
@@ -27,7 +26,8 @@ from tests.d2_trt.test_backend_conversion import InterpretedEngine
 from tests.doubles import conversion
 from tests.doubles.fake_tensorrt import use_tensorrt
 from tests.doubles.fixtures import VERSIONS
-from tests.tools.test_build_engine import CONFIG, REPO
+from tests.tools.loading import REPO, load_tool
+from tests.tools.test_build_engine import CONFIG
 from tests.tools.test_build_engine import TOOL as BUILD
 from tests.tools.test_demo import MINI
 
@@ -35,15 +35,7 @@ SIZES = ("64x64", "64x96", "96x96")
 MINI_WORDS = [word for pair in MINI.items() for word in pair]
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("inspect_engine_tool", REPO / "tools" / "inspect_engine.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-TOOL = load_tool()
+TOOL = load_tool("inspect_engine")
 
 
 @pytest.fixture
