@@ -10,8 +10,16 @@ logits and the shares of equal mask signs and classes; median time of the networ
 TF32 is the reference and always comes first. What fails (a build that the parity gate refuses, TensorRT that is missing)
 becomes a row that says why and an exit status of 1; the others are still measured.
 
+Beside the differences stand their standard errors for the choice of the images: 200 resamples of them, the same for both.
+
 Rows go to a CSV file, each as soon as it is there: --resume FILE continues one, and measures what it lacks or what failed.
---from-csv writes the table of such files into a Markdown file and measures nothing.
+--from-csv joins such files to one table and measures nothing. So several processes, with --no-reference all but one, can
+share the rows out, on a GPU each:
+
+    CUDA_VISIBLE_DEVICES=0 python tools/accuracy_ledger.py ... --backend torch --precision fp32 --resume ledger/torch.csv &
+    CUDA_VISIBLE_DEVICES=1 python tools/accuracy_ledger.py ... --backend tensorrt --precision fp16 --no-reference \\
+        --resume ledger/fp16.csv & wait
+    python tools/accuracy_ledger.py --from-csv ledger/*.csv --csv results/accuracy.csv --markdown MODEL_ZOO.md --section NAME
 """
 
 from __future__ import annotations
@@ -31,7 +39,6 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from ledger_evaluation import (
     AGREEMENT,
-    METRICS,
     Images,
     agreement_columns,
     engine_cfg,
@@ -41,9 +48,27 @@ from ledger_evaluation import (
     sized,
     use_backend,
 )
+from ledger_images import ImageTables
+from ledger_join import (
+    COLUMNS,
+    IDENTITY,
+    LIMITED,
+    LIMITS,
+    PRECISIONS,
+    REFERENCE,
+    TABLES,
+    beyond_limits,
+    differences,
+    joined,
+    named,
+    place,
+    references,
+    row_folder,
+    standard_error_columns,
+    without_reference,
+)
 from ledger_markdown import MarkerError, check_section, table, write_section
 from measurements import (
-    MACHINE,
     REPO,
     MeasurementFile,
     checkpoint_digest,
@@ -52,7 +77,6 @@ from measurements import (
     failure_reason,
     machine,
     positive,
-    read_rows,
     size_pair,
     today,
 )
@@ -61,22 +85,11 @@ from train_net import UsageError, load_config
 from mask2former.backend import BackendError, check_backend
 from mask2former.evaluation import with_evaluation_formats
 
-PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
-REFERENCE = ("torch", "fp32")
-# What says which measurement a row is.
-IDENTITY = (
-    *("config", "overrides", "checkpoint", "dataset", "images", "min_size", "max_size", "batch", "compared"),
-    *("backend", "precision", *MACHINE),
-)
-COLUMNS = tuple(column for column, _, _ in METRICS)
 FIELDS = (
     *("date", *IDENTITY, "status", *COLUMNS, *("d_" + column for column in COLUMNS)),
+    *("se_" + column for column in LIMITED),
     *(*AGREEMENT, "core_ms", "padded", "build_s", "engine_mib", "weights", "command"),
 )
-# Points that an engine may differ from the reference in a metric (issue: the accuracy ledger).
-LIMITS = {"fp32": 0.05, "tf32": 0.05, "fp16": 0.1, "bf16": 0.1}
-# The metric of each task.
-LIMITED = ("PQ", "AP", "mIoU")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -94,6 +107,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=[],
         metavar="MIN/MAX",
         help="INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST, such as 800/1333; default: the config's",
+    )
+    parser.add_argument(
+        "--no-reference",
+        action="store_true",
+        help="without the reference, where it is not asked for; --from-csv with its file fills in the differences",
     )
     parser.add_argument("--batch", nargs="+", type=positive, default=[1], metavar="N", help="TEST.BATCH_SIZE")
     parser.add_argument(
@@ -121,6 +139,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="CSV",
         help="measure nothing: take the rows of these files",
     )
+    parser.add_argument("--csv", metavar="FILE", help="with --from-csv: a new file for the joined rows")
     parser.add_argument("--markdown", metavar="FILE", help="put the table between the section's markers")
     parser.add_argument(
         "--section", metavar="NAME", help="of the markers in --markdown; default: the config file's name"
@@ -138,14 +157,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.limits == []:
         args.limits = list(LIMITED)
     if args.from_csv:
-        if not args.markdown and args.limits is None:
-            parser.error("--from-csv only makes a table: add --markdown FILE, or --limits")
+        if not args.markdown and not args.csv and args.limits is None:
+            parser.error("--from-csv only joins files: add --markdown FILE, --csv FILE or --limits")
+        if args.csv and os.path.exists(args.csv):
+            parser.error(f"--csv {args.csv}: is there already, name a new file")
         if args.markdown and not args.section and not args.config_file:
             parser.error(
                 "--from-csv with --markdown needs --section NAME (or --config-file, whose name it takes)"
             )
     elif not args.config_file or not args.weights:
         parser.error("--config-file and --weights are needed: accuracy is that of a checkpoint")
+    elif args.csv:
+        parser.error(
+            "--csv goes with --from-csv: rows that are measured go to --output, or to the file of --resume"
+        )
     if args.warmup < 0:
         parser.error("--warmup must be at least 0")
     if args.markdown and not args.section:
@@ -213,7 +238,7 @@ class Ledger:
 
     def run(self) -> list[dict[str, str]]:
         """The rows that were asked for, in order, measured or found in the file."""
-        kinds = [REFERENCE]
+        kinds = [] if self._args.no_reference else [REFERENCE]
         kinds += [
             kind for b in self._args.backend for p in self._args.precision if (kind := (b, p)) not in kinds
         ]
@@ -258,8 +283,8 @@ class Ledger:
         size, batch = (columns["min_size"], columns["max_size"]), columns["batch"]
         # Of TensorRT, the engine has the precision; PyTorch keeps what is left to it in float32.
         precision = columns["precision"] if columns["backend"] == "torch" else "fp32"
-        name = f"{size[0]}-{size[1]}_batch{batch}_{columns['backend']}_{columns['precision']}"
-        cfg = sized(self._cfg, size, batch, os.path.join(self._args.work, columns["checkpoint"], name))
+        folder = row_folder(self._args.work, columns)
+        cfg = sized(self._cfg, size, batch, folder)
         try:
             images = Images(cfg, self._model, self._args.compare)
             device, times = cfg.MODEL.DEVICE, (self._args.warmup, self._args.iterations)
@@ -268,16 +293,12 @@ class Ledger:
             metrics = evaluate(cfg, self._model, precision)
         except RuntimeError as error:
             return {"status": failure_reason(error)}
+        tables = ImageTables.of_predictions(columns["dataset"], os.path.join(folder, "inference"))
+        tables.save(os.path.join(folder, TABLES))
         values.update(metrics, status="ok")
-        reference = self._file.find({**columns, "backend": REFERENCE[0], "precision": REFERENCE[1]})
-        if (
-            (columns["backend"], columns["precision"]) != REFERENCE
-            and reference
-            and reference["status"] == "ok"
-        ):
-            for column, value in metrics.items():
-                if reference[column]:
-                    values["d_" + column] = round(value - float(reference[column]), 4)
+        reference = references(self._file.rows).get(place(columns))
+        values.update(differences({**columns, **values}, reference))
+        values.update(standard_error_columns({**columns, **values}, reference, self._args.work))
         return values
 
 
@@ -286,47 +307,10 @@ def _say(text: str) -> None:
 
 
 def _told(row: Mapping[str, str]) -> str:
-    what = f"{row['backend']} {row['precision']} {row['min_size']}/{row['max_size']} batch {row['batch']}"
     if row["status"] != "ok":
-        return f"{what}: {row['status']}"
+        return f"{named(row)}: {row['status']}"
     metrics = ", ".join(f"{name} {row[name]}" for name in LIMITED if row[name])
-    return f"{what}: {metrics}; {row['core_ms']} ms"
-
-
-def beyond_limits(rows: Sequence[Mapping[str, str]], metrics: Sequence[str]) -> list[str]:
-    """Where engines differ from the reference by more than LIMITS, in words. Rows that failed are not looked at.
-
-    A metric that the reference has and the engine lacks, or the reverse, is a difference too.
-    """
-    references = {
-        _place(row): row
-        for row in rows
-        if (row["backend"], row["precision"]) == REFERENCE and row["status"] == "ok"
-    }
-    wrong = []
-    for row in rows:
-        if row["backend"] == "torch" or row["status"] != "ok":
-            continue
-        what = f"{row['backend']} {row['precision']} {row['min_size']}/{row['max_size']} batch {row['batch']}"
-        if _place(row) not in references:
-            wrong.append(f"{what}: there is no reference to compare with")
-            continue
-        reference, limit = references[_place(row)], LIMITS[row["precision"]]
-        for metric in metrics:
-            if bool(row[metric]) != bool(reference[metric]):
-                wrong.append(
-                    f"{what}: {metric} is {row[metric] or 'missing'}, PyTorch's {reference[metric] or 'missing'}"
-                )
-            elif row[metric]:
-                difference = float(row[metric]) - float(reference[metric])
-                if abs(difference) > limit:
-                    wrong.append(f"{what}: {metric} differs by {difference:+.3f} points, allowed are {limit}")
-    return wrong
-
-
-def _place(row: Mapping[str, str]) -> tuple[str, ...]:
-    """All that identifies a row but backend and precision."""
-    return tuple(row[name] for name in IDENTITY if name not in ("backend", "precision"))
+    return f"{named(row)}: {metrics}; {row['core_ms']} ms"
 
 
 def _measured(args: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, str]]:
@@ -336,7 +320,9 @@ def _measured(args: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, s
     from d2_trt.logging import setup_logger as setup_tensorrt_logger
 
     cfg = read_config(args)
-    path = args.resume or MeasurementFile.new_path(args.output, "accuracy", machine(cfg.MODEL.DEVICE))
+    # Processes that share the rows out start in the same second.
+    part = ["accuracy", *args.backend, *args.precision] if args.no_reference else ["accuracy"]
+    path = args.resume or MeasurementFile.new_path(args.output, "_".join(part), machine(cfg.MODEL.DEVICE))
     file = MeasurementFile(path, FIELDS, IDENTITY)
     setup_logger(name="detectron2")
     setup_logger(name="fvcore")
@@ -357,13 +343,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.markdown:
             check_section(args.markdown, args.section)  # before hours of measuring
         if args.from_csv:
-            rows = {}
-            for path in args.from_csv:
-                for row in read_rows(path, FIELDS):
-                    rows[tuple(row[name] for name in IDENTITY)] = row  # the last one counts
-            rows = list(rows.values())
+            rows = joined(args.from_csv, FIELDS, args.work)
             if not rows:
                 raise UsageError(f"no rows in {', '.join(args.from_csv)}")
+            for text in without_reference(rows):
+                _say(f"accuracy_ledger.py: {text}")
+            if args.csv:
+                file = MeasurementFile(args.csv, FIELDS, IDENTITY)
+                for row in rows:
+                    file.add(row)
         else:
             rows = _measured(args, argv)
         if args.markdown:

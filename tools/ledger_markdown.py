@@ -129,7 +129,8 @@ def _metric_cell(row: Row, names: Sequence[str]) -> str:
     change = row.get("d_" + first, "")
     text = f"{float(row[first]):.2f}"
     if change:
-        text += f" [{float(change):+.3f}]"
+        error = row.get("se_" + first, "")
+        text += f" [{float(change):+.3f}{f' ± {float(error):.3f}' if error else ''}]"
     shown = [f"{float(row[name]):.2f}" if row[name] else "-" for name in rest]
     return text + (f" ({', '.join(shown)})" if rest else "")
 

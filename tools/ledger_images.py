@@ -1,0 +1,227 @@
+"""What each image adds to PQ, AP and mIoU, from the predictions of an evaluation, and so the noise that few images leave."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+from pycocotools import mask as mask_util
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from mask2former.evaluation.panoptic_quality import match_segments, read_panoptic_png
+
+# Resamples of the images. The standard error that so many give is itself known to 5 %.
+RESAMPLES = 200
+
+
+class ImageTables:
+    """Counts of single images, of which any choice of images gives the metrics.
+
+    Attributes:
+        images: names of the images, (I,).
+        arrays: by metric, what `save` writes. "PQ": (I, C, 4) IoU sum, true positives, false positives and false negatives.
+            "mIoU": (I, C, 3) pixels right, of the ground truth, and predicted. "AP" in four arrays, of the detections in the
+            order of their scores, the C categories one after another: image (D,), matched and counted (T, D) bool for each
+            IoU threshold, category (D,), and instances to be found (I, C).
+    """
+
+    def __init__(self, images: Sequence[str], arrays: Mapping[str, np.ndarray]):
+        self.images = np.asarray(images)
+        self.arrays = dict(arrays)
+        self._resampled: dict[str, np.ndarray] | None = None
+
+    @classmethod
+    def of_predictions(cls, dataset: str, folder: str | os.PathLike) -> ImageTables:
+        """
+        Args:
+            dataset: registered, as in DATASETS.TEST.
+            folder: OUTPUT_DIR/inference of an evaluation on it. Metrics whose predictions it does not hold are left out.
+        """
+        folder = Path(folder)
+        records = DatasetCatalog.get(dataset)
+        names = [str(record.get("image_id", os.path.basename(record["file_name"]))) for record in records]
+        arrays: dict[str, np.ndarray] = {}
+        if (folder / "predictions.json").is_file():
+            arrays["PQ"] = _panoptic(dataset, folder, names)
+        if (folder / "coco_instances_results.json").is_file():
+            arrays.update(_instances(dataset, folder, names))
+        if (folder / "sem_seg_predictions.json").is_file():
+            arrays["mIoU"] = _semantic(dataset, folder, records)
+        return cls(names, arrays)
+
+    def save(self, path: str | os.PathLike) -> None:
+        np.savez_compressed(path, images=self.images, **self.arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> ImageTables:
+        """
+        Raises:
+            OSError, ValueError: it cannot be read.
+        """
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return cls(arrays.pop("images"), arrays)
+
+    def metrics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """PQ, AP and mIoU, as far as the tables are there, where each image counts so many times.
+
+        Args:
+            weights: (B, I).
+
+        Returns:
+            (B,) each, in percent.
+        """
+        weights = np.asarray(weights, dtype=float)
+        values = {}
+        if "PQ" in self.arrays:
+            iou, tp, fp, fn = np.einsum("bi,ick->kbc", weights, self.arrays["PQ"])
+            values["PQ"] = _mean_ratio(iou, tp + (fp + fn) / 2)
+        if "AP_image" in self.arrays:
+            values["AP"] = np.array([self._average_precision(row) for row in weights])
+        if "mIoU" in self.arrays:
+            right, true, predicted = np.einsum("bi,ick->kbc", weights, self.arrays["mIoU"].astype(float))
+            # A class that the images do not have does not count, whatever is predicted.
+            values["mIoU"] = _mean_ratio(right, np.where(true > 0, true + predicted - right, 0))
+        return values
+
+    def resampled(self) -> dict[str, np.ndarray]:
+        """`metrics` of RESAMPLES choices of the images, as many with replacement; the same ones for as many images."""
+        if self._resampled is None:
+            count = len(self.images)
+            weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+            self._resampled = self.metrics(weights)
+        return self._resampled
+
+    def _average_precision(self, weights: np.ndarray) -> float:
+        """COCO's, over its ten thresholds and 101 recalls."""
+        image, category = self.arrays["AP_image"], self.arrays["AP_category"]
+        instances = weights @ self.arrays["AP_instances"]  # (C,)
+        recalls = np.linspace(0, 1, 101)
+        found = []
+        ends = np.searchsorted(category, np.arange(len(instances) + 1))
+        for index in np.flatnonzero(instances > 0):
+            mine = slice(*ends[index : index + 2])
+            weight = weights[image[mine]]
+            matched, counted = (
+                np.cumsum(self.arrays[name][:, mine] * weight, axis=1)
+                for name in ("AP_matched", "AP_counted")
+            )
+            precision = matched / np.maximum(counted, np.spacing(1))
+            # The best precision at this recall or a higher one.
+            precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+            recall = matched / instances[index]
+            for line, reached in zip(precision, recall):
+                place = np.searchsorted(reached, recalls, side="left")
+                found.append(np.append(line, 0.0)[place].mean())
+        return 100 * float(np.mean(found)) if found else float("nan")
+
+
+def standard_errors(tables: ImageTables, reference: ImageTables) -> dict[str, float]:
+    """How far the difference of each metric may be off for the choice of the images: its standard deviation over resamples.
+
+    In each of them both are evaluated on the same images (the paired bootstrap).
+
+    Returns:
+        by metric, in points; empty where the tables are of other images.
+    """
+    if not np.array_equal(tables.images, reference.images):
+        return {}
+    mine, theirs = tables.resampled(), reference.resampled()
+    return {name: float(np.std(mine[name] - theirs[name], ddof=1)) for name in mine if name in theirs}
+
+
+def _mean_ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """(B, C), (B, C) -> (B,): percent, the mean of the ratios over the classes that have one."""
+    there = below > 0
+    ratio = np.divide(above, below, out=np.zeros_like(above), where=there)
+    return 100 * ratio.sum(1) / np.maximum(there.sum(1), 1)
+
+
+def _panoptic(dataset: str, folder: Path, names: Sequence[str]) -> np.ndarray:
+    metadata = MetadataCatalog.get(dataset)
+    truth = json.loads(Path(metadata.panoptic_json).read_text())
+    categories = {category["id"]: category for category in truth["categories"]}
+    column = {category_id: i for i, category_id in enumerate(categories)}
+    place = {name: i for i, name in enumerate(names)}
+    predictions = json.loads((folder / "predictions.json").read_text())["annotations"]
+    predicted = {prediction["image_id"]: prediction for prediction in predictions}
+    table = np.zeros((len(names), len(categories), 4))
+    for annotation in truth["annotations"]:
+        prediction = predicted[annotation["image_id"]]
+        stat = match_segments(
+            read_panoptic_png(os.path.join(metadata.panoptic_root, annotation["file_name"])),
+            annotation["segments_info"],
+            read_panoptic_png(folder / "panoptic_predictions" / prediction["file_name"]),
+            prediction["segments_info"],
+            categories,
+            annotation["image_id"],
+        )
+        for category_id, i in column.items():
+            table[place[str(annotation["image_id"])], i] = stat[category_id]
+    return table
+
+
+def _instances(dataset: str, folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """COCO's matching of all sizes of instances, in its order."""
+    predictions = json.loads((folder / "coco_instances_results.json").read_text())
+    if not predictions:
+        return {}
+    for prediction in predictions:
+        prediction.pop("bbox", None)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(MetadataCatalog.get(dataset).json_file)
+        evaluation = COCOeval(truth, truth.loadRes(predictions), "segm")
+        params = evaluation.params
+        params.areaRng, params.areaRngLbl = params.areaRng[:1], params.areaRngLbl[:1]
+        evaluation.evaluate()
+    place = {name: i for i, name in enumerate(names)}
+    categories, image_ids = len(params.catIds), len(params.imgIds)
+    instances = np.zeros((len(names), categories), dtype=np.int32)
+    parts: dict[str, list[np.ndarray]] = {"image": [], "category": [], "matched": [], "counted": []}
+    for category in range(categories):
+        results = [one for one in evaluation.evalImgs[category * image_ids :][:image_ids] if one is not None]
+        for one in results:
+            instances[place[str(one["image_id"])], category] = np.count_nonzero(one["gtIgnore"] == 0)
+        if not results:
+            continue
+        scores = np.concatenate([one["dtScores"] for one in results])
+        order = np.argsort(-scores, kind="mergesort")
+        ignored = np.concatenate([one["dtIgnore"] for one in results], axis=1)[:, order].astype(bool)
+        matched = np.concatenate([one["dtMatches"] for one in results], axis=1)[:, order] > 0
+        image = [np.full(len(one["dtScores"]), place[str(one["image_id"])], np.int32) for one in results]
+        parts["image"].append(np.concatenate(image)[order])
+        parts["category"].append(np.full(len(order), category, np.int16))
+        parts["matched"].append(matched & ~ignored)
+        parts["counted"].append(~ignored)
+    tables = {f"AP_{name}": np.concatenate(arrays, axis=-1) for name, arrays in parts.items()}
+    return {**tables, "AP_instances": instances}
+
+
+def _semantic(dataset: str, folder: Path, records: Sequence[Mapping]) -> np.ndarray:
+    metadata = MetadataCatalog.get(dataset)
+    classes = len(metadata.stuff_classes)
+    contiguous = metadata.get("stuff_dataset_id_to_contiguous_id") or {i: i for i in range(classes)}
+    segments: dict[str, list[Mapping]] = {}
+    for one in json.loads((folder / "sem_seg_predictions.json").read_text()):
+        segments.setdefault(one["file_name"], []).append(one)
+    table = np.zeros((len(records), classes, 3), dtype=np.int64)
+    for row, record in zip(table, records):
+        truth = np.asarray(Image.open(record["sem_seg_file_name"])).astype(np.int64)
+        counted = truth != metadata.ignore_label
+        row[:, 1] = np.bincount(truth[counted], minlength=classes)[:classes]
+        for one in segments[record["file_name"]]:
+            label, mask = (
+                contiguous[one["category_id"]],
+                mask_util.decode(one["segmentation"]).astype(bool) & counted,
+            )
+            row[label, 0] = np.count_nonzero(truth[mask] == label)
+            row[label, 2] = np.count_nonzero(mask)
+    return table

@@ -1,0 +1,208 @@
+"""Rows of the accuracy ledger together: differences to the reference, and files of several processes as one."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from ledger_evaluation import METRICS
+from ledger_images import ImageTables, standard_errors
+from measurements import MACHINE, read_rows
+
+Row = dict[str, str]
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+REFERENCE = ("torch", "fp32")
+# What says which measurement a row is.
+IDENTITY = (
+    *("config", "overrides", "checkpoint", "dataset", "images", "min_size", "max_size", "batch", "compared"),
+    *("backend", "precision", *MACHINE),
+)
+# What one run varies.
+_VARIED = ("min_size", "max_size", "batch", "backend", "precision")
+COLUMNS = tuple(column for column, _, _ in METRICS)
+# Points that an engine may differ from the reference in a metric (issue: the accuracy ledger).
+LIMITS = {"fp32": 0.05, "tf32": 0.05, "fp16": 0.1, "bf16": 0.1}
+# The metric of each task.
+LIMITED = ("PQ", "AP", "mIoU")
+TABLES = "per_image.npz"
+# In points, between a row's metric and that of its images' counts.
+_SAME = 1e-3
+_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
+
+
+def place(row: Mapping) -> tuple[str, ...]:
+    """What a row and its reference have in common: all that identifies them but backend, precision and the engine's keys."""
+    return (*_about(row), *(str(row[name]) for name in _VARIED if name not in ("backend", "precision")))
+
+
+def _about(row: Mapping) -> tuple[str, ...]:
+    """Model, data and machine of a row."""
+    names = (name for name in IDENTITY if name not in (*_VARIED, "overrides"))
+    return (*(str(row[name]) for name in names), without_engine_keys(row["overrides"]))
+
+
+def without_engine_keys(overrides: str) -> str:
+    """Overrides of a config but for MODEL.TENSORRT.*, which PyTorch does not read."""
+    kept, engine = [], False
+    for word in overrides.split():
+        if _KEY.fullmatch(word) and "." in word:
+            engine = word.startswith("MODEL.TENSORRT.")
+        if not engine:
+            kept.append(word)
+    return " ".join(kept)
+
+
+def is_reference(row: Mapping) -> bool:
+    return (row["backend"], row["precision"]) == REFERENCE
+
+
+def references(rows: Iterable[Row]) -> dict[tuple[str, ...], Row]:
+    """The rows of PyTorch in float32 that were measured, by `place`."""
+    return {place(row): row for row in rows if is_reference(row) and row["status"] == "ok"}
+
+
+def differences(row: Mapping, reference: Mapping | None) -> dict[str, float | str]:
+    """Columns d_*, in points: of a row to its reference; empty where one of them lacks the metric, and for a reference."""
+    columns: dict[str, float | str] = {}
+    for column in COLUMNS:
+        both = reference and not is_reference(row) and row.get(column, "") != "" and reference[column] != ""
+        columns[f"d_{column}"] = round(float(row[column]) - float(reference[column]), 4) if both else ""
+    return columns
+
+
+def row_folder(work: str, row: Mapping) -> str:
+    """Where a row's evaluation writes, in the tool's --work."""
+    size = f"{row['min_size']}-{row['max_size']}"
+    name = f"{row['dataset']}_{size}_batch{row['batch']}_{row['backend']}_{row['precision']}"
+    return os.path.join(work, row["checkpoint"], name)
+
+
+def standard_error_columns(row: Mapping, reference: Mapping | None, work: str) -> dict[str, float | str]:
+    """Columns se_*, in points: the standard errors of d_*, for the choice of the images.
+
+    Empty where the counts of single images that they are made of are not in `work`, or are of another measurement.
+    """
+    columns: dict[str, float | str] = {f"se_{name}": "" for name in LIMITED}
+    if reference is None or is_reference(row):
+        return columns
+    tables = [_tables(work, one) for one in (row, reference)]
+    if None not in tables:
+        for name, value in standard_errors(*tables).items():
+            if all(_is_of(one, measured, name) for one, measured in zip(tables, (row, reference))):
+                columns[f"se_{name}"] = round(value, 4)
+    return columns
+
+
+def _tables(work: str, row: Mapping) -> ImageTables | None:
+    path = os.path.join(row_folder(work, row), TABLES)
+    try:
+        return _load_tables(path, os.stat(path).st_mtime_ns)
+    except (OSError, ValueError):
+        return None
+
+
+@functools.lru_cache(maxsize=8)
+def _load_tables(path: str, changed: int) -> ImageTables:
+    return ImageTables.load(path)
+
+
+def _is_of(tables: ImageTables, row: Mapping, metric: str) -> bool:
+    """Whether these images' counts give a row's metric."""
+    value = tables.metrics(np.ones((1, len(tables.images))))[metric][0]
+    return row.get(metric, "") != "" and abs(float(row[metric]) - value) <= _SAME
+
+
+def joined(paths: Sequence[str], fields: Sequence[str], work: str) -> list[Row]:
+    """Rows of several files as if one process had measured them all: differences filled in, PyTorch's rows first.
+
+    Of rows of the same measurement the last one counts that did not fail.
+
+    Args:
+        work: where the evaluations wrote; what is not there any more leaves the standard errors that the files have.
+
+    Raises:
+        ValueError, OSError: see `read_rows`.
+    """
+    found: dict[tuple[str, ...], Row] = {}
+    for path in paths:
+        for row in read_rows(path, fields):
+            key = tuple(row[name] for name in IDENTITY)
+            if row["status"] == "ok" or found.get(key, row)["status"] != "ok":
+                found[key] = row
+    rows = list(found.values())
+    known = references(rows)
+    for row in rows:
+        if row["status"] != "ok":
+            continue
+        reference = known.get(place(row))
+        columns = differences(row, reference)
+        columns.update({k: v for k, v in standard_error_columns(row, reference, work).items() if v != ""})
+        row.update({name: str(value) for name, value in columns.items()})
+    return _ordered(rows)
+
+
+def _ordered(rows: Sequence[Row]) -> list[Row]:
+    """By model, data and machine in the order in which they first come, then backend, precision, size and batch."""
+
+    def parts(row: Row) -> tuple:
+        return _about(row), row["backend"], (row["min_size"], row["max_size"])
+
+    groups, backends, sizes = (
+        ([*dict.fromkeys(part)] for part in zip(*map(parts, rows))) if rows else ([], [], [])
+    )
+    backends = sorted(backends, key=lambda name: name != REFERENCE[0])  # the others as they come
+
+    def order(row: Row) -> tuple[int, ...]:
+        group, backend, size = parts(row)
+        first = groups.index(group), backends.index(backend), PRECISIONS.index(row["precision"])
+        return (*first, sizes.index(size), int(row["batch"]))
+
+    return sorted(rows, key=order)
+
+
+def named(row: Mapping) -> str:
+    """A row in words."""
+    return f"{row['backend']} {row['precision']} {row['min_size']}/{row['max_size']} batch {row['batch']}"
+
+
+def without_reference(rows: Sequence[Row]) -> list[str]:
+    """Measured rows that there is nothing to compare with, in words."""
+    known = references(rows)
+    lost = [row for row in rows if row["status"] == "ok" and place(row) not in known]
+    return [
+        f"{named(row)}: there is no row of PyTorch in float32 with the same checkpoint, data set, machine and versions"
+        for row in lost
+    ]
+
+
+def beyond_limits(rows: Sequence[Row], metrics: Sequence[str]) -> list[str]:
+    """Where engines differ from the reference by more than LIMITS, in words. Rows that failed are not looked at.
+
+    A metric that the reference has and the engine lacks, or the reverse, is a difference too.
+    """
+    known = references(rows)
+    wrong = []
+    for row in rows:
+        if row["backend"] == "torch" or row["status"] != "ok":
+            continue
+        if place(row) not in known:
+            wrong.append(f"{named(row)}: there is no reference to compare with")
+            continue
+        reference, limit = known[place(row)], LIMITS[row["precision"]]
+        for metric in metrics:
+            if bool(row[metric]) != bool(reference[metric]):
+                wrong.append(
+                    f"{named(row)}: {metric} is {row[metric] or 'missing'}, PyTorch's {reference[metric] or 'missing'}"
+                )
+            elif row[metric]:
+                difference = float(row[metric]) - float(reference[metric])
+                if abs(difference) > limit:
+                    error = row.get(f"se_{metric}", "")
+                    error = f" (standard error {float(error):.3f})" if error else ""
+                    wrong.append(
+                        f"{named(row)}: {metric} differs by {difference:+.3f} points{error}, allowed are {limit}"
+                    )
+    return wrong
