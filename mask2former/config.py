@@ -34,6 +34,9 @@ _DEFAULTS = {
     "TEST": {
         # Images per batch of evaluation, per process.
         "BATCH_SIZE": 1,
+        # Threads of a process that compare results with the truth while the model has the next images. 0: none, each
+        # image is compared before the next; -1: one for each CPU, at most 8. The figures do not depend on it.
+        "EVALUATION_THREADS": -1,
     },
     "MODEL": {
         # What runs the network, by its name in mask2former.BACKEND_REGISTRY.
@@ -130,7 +133,7 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     Raises:
         TypeError: a value stands where a group of keys (such as MODEL.SWIN) belongs.
 
-    Names and defaults: the official release. Ours: MODEL.BACKEND, TEST.BATCH_SIZE and, below
+    Names and defaults: the official release. Ours: MODEL.BACKEND, TEST.BATCH_SIZE, TEST.EVALUATION_THREADS and, below
     MODEL.MASK_FORMER.TEST, BOXES_FROM_MASKS, INSTANCE_FORMAT and SEMANTIC_FORMAT.
     """
     add_missing(cfg, _DEFAULTS)

@@ -9,6 +9,9 @@ import torch
 from pycocotools import mask as mask_util
 from torch import Tensor
 
+# Of a run length in COCO's text: 5 bits each, for 32 bits and a sign.
+_MOST_CHARACTERS = 7
+
 
 class RLEMasks(Sequence):
     """The masks of N instances as pycocotools.mask.encode gives them: {"size": [height, width], "counts": bytes}.
@@ -84,3 +87,69 @@ class RLEMasks(Sequence):
 
     def __repr__(self) -> str:
         return f"RLEMasks({len(self)} masks)"
+
+
+def encode_labels(labels: np.ndarray) -> dict[int, dict]:
+    """The mask of each label of a map, as pycocotools.mask.encode gives it, in one pass over all of them.
+
+    Args:
+        labels: (height, width) integers.
+
+    Returns:
+        {"size": [height, width], "counts": bytes} by label, in ascending order.
+    """
+    pixels = np.ascontiguousarray(labels.T).ravel()  # COCO counts down the columns
+    starts = np.concatenate([[0], np.flatnonzero(pixels[1:] != pixels[:-1]) + 1])
+    ends = np.append(starts[1:], pixels.size)
+    values = pixels[starts]
+    order = np.argsort(values, kind="stable")
+    values, starts, ends = values[order], starts[order], ends[order]  # (runs,), those of a label together
+    first = np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1])
+    last = np.append(first[1:], values.size) - 1
+
+    before = np.concatenate([[0], ends[:-1]])
+    before[first] = 0
+    counts = np.stack([starts - before, ends - starts], axis=1).ravel()  # outside, inside, outside, ...
+    rest = pixels.size - ends[last]
+    counts = np.insert(counts, 2 * last + 2, rest)
+    begins = 2 * first + np.arange(first.size)
+    # A mask that reaches the last pixel has no run of zeros after it.
+    kept = np.ones(counts.size, dtype=bool)
+    kept[begins[1:] - 1], kept[-1] = rest[:-1] > 0, rest[-1] > 0
+    begins = begins - np.concatenate([[0], np.cumsum(rest == 0)[:-1]])
+    counts = counts[kept]
+
+    text, sizes = _compressed(counts, begins)
+    ends_of_text = np.cumsum(sizes)[np.append(begins[1:], counts.size) - 1].tolist()
+    size = [int(n) for n in labels.shape]
+    return {
+        label: {"size": list(size), "counts": text[start:end]}
+        for label, start, end in zip(values[first].tolist(), [0, *ends_of_text], ends_of_text)
+    }
+
+
+def _compressed(counts: np.ndarray, begins: np.ndarray) -> tuple[bytes, np.ndarray]:
+    """Run lengths as COCO's text (rleToString of cocoapi), and how many characters each takes.
+
+    Args:
+        counts: (n,) run lengths of masks one after the other.
+        begins: where in them each mask begins.
+    """
+    numbers = counts.copy()
+    numbers[2:] -= counts[:-2]
+    # The first three of a mask are not differences.
+    for place in range(3):
+        at = begins + place
+        at = at[at < np.append(begins[1:], counts.size)]
+        numbers[at] = counts[at]
+    characters = np.zeros((numbers.size, _MOST_CHARACTERS), dtype=np.uint8)  # 0: none
+    sizes = np.zeros(numbers.size, dtype=np.int64)
+    going = np.arange(numbers.size)
+    for column in characters.T:
+        low = numbers & 31
+        numbers = numbers >> 5
+        more = numbers != np.where(low & 16, -1, 0)
+        column[going] = low + 32 * more + 48
+        sizes[going] += 1
+        going, numbers = going[more], numbers[more]
+    return characters[characters != 0].tobytes(), sizes

@@ -14,6 +14,7 @@ from ..data.datasets.catalog import require_paths, require_registered
 from .cityscapes import build_cityscapes_evaluator
 from .formats import LVISSegEvaluator, SemSegEvaluator
 from .instance_evaluation import InstanceSegEvaluator
+from .overlapped import OverlappedEvaluators, PerImageMixin, number_of_threads
 from .panoptic_evaluation import PanopticEvaluator
 
 
@@ -104,9 +105,13 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         dataset_name: registered, with evaluator_type in its metadata.
         output_folder: where predictions are written; OUTPUT_DIR/inference where left out.
 
+    Returns:
+        An evaluator; OverlappedEvaluators with TEST.EVALUATION_THREADS threads where it can work on images beside the model.
+
     Raises:
         KeyError: the data set is not registered.
-        ValueError: it has no evaluator_type or an unknown one, or the tasks that it evaluates are off.
+        ValueError: it has no evaluator_type or an unknown one, the tasks that it evaluates are off, or
+            TEST.EVALUATION_THREADS is below -1.
         ImportError: a package that its evaluator needs is missing.
     """
     require_registered(dataset_name, "DATASETS.TEST")
@@ -122,6 +127,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         raise ValueError(
             f"{dataset_name} (evaluator_type {evaluator_type!r}) needs MODEL.MASK_FORMER.TEST.{needed} True"
         )
+    threads = number_of_threads(cfg.TEST.EVALUATION_THREADS)
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     evaluators = [
         make(dataset_name, folder)
@@ -131,4 +137,6 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     if not evaluators:
         choices = ", ".join(f"MODEL.MASK_FORMER.TEST.{task}" for task, _ in _EVALUATORS[evaluator_type])
         raise ValueError(f"nothing to evaluate on {dataset_name}: set at least one of {choices} to True")
+    if any(isinstance(evaluator, PerImageMixin) for evaluator in evaluators):
+        return OverlappedEvaluators(evaluators, threads)
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import LVISEvaluator
@@ -14,6 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.errors import naming
+from ..rle import encode_labels
+from .overlapped import HostCopies, PerImageMixin
+from .panoptic_quality import pair_runs
 from .whole_files import WholeFilesMixin
 
 # Values of evaluator_type whose evaluators of instances keep RLE; Cityscapes' write masks as images.
@@ -68,16 +76,24 @@ class LabelsMixin:
         )
 
 
-class RLEMixin:
+class RLEMixin(PerImageMixin):
     """Before an evaluator that keeps COCO's JSON: pred_masks_rle of the instances will do for pred_masks."""
 
-    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        for image, output in zip(inputs, outputs, strict=True):
-            if "instances" in output and output["instances"].has("pred_masks_rle"):
-                predictions = rle_instances_to_coco_json(output["instances"], image["image_id"])
-                self._predictions.append({"image_id": image["image_id"], "instances": predictions})
-            else:
-                super().process([image], [output])
+    def fetch(self, output: Mapping[str, Any], copies: HostCopies) -> dict:
+        return {key: copies.start(output[key]) for key in ("instances", "proposals") if key in output}
+
+    def examine(self, image: Mapping[str, Any], fetched: dict) -> list[dict]:
+        if "instances" in fetched and fetched["instances"].has("pred_masks_rle"):
+            predictions = rle_instances_to_coco_json(fetched["instances"], image["image_id"])
+            return [{"image_id": image["image_id"], "instances": predictions}]
+        # detectron2's own work, on a list that no other thread sees.
+        alone = copy.copy(self)
+        alone._predictions = []
+        super(PerImageMixin, alone).process([image], [fetched])
+        return alone._predictions
+
+    def add(self, examined: list[dict]) -> None:
+        self._predictions.extend(examined)
 
 
 class DecodingMixin:
@@ -95,32 +111,79 @@ class DecodingMixin:
         )
 
 
-class SemSegEvaluator(WholeFilesMixin, LabelsMixin, _SemSegEvaluator):
-    """detectron2's SemSegEvaluator, which also takes labels, and looks at the annotations before it counts them."""
+class SemSegEvaluator(WholeFilesMixin, PerImageMixin, _SemSegEvaluator):
+    """detectron2's SemSegEvaluator, which also takes labels, and looks at the annotations before it counts them.
 
-    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """
+    Results and files are SemSegEvaluator's. It counts runs of pixels where detectron2 counts pixels, and encodes the
+    masks of all classes at once.
+    """
+
+    def fetch(self, output: Mapping[str, Any], copies: HostCopies) -> Tensor:
+        labels = output["sem_seg_labels"] if "sem_seg_labels" in output else output["sem_seg"].argmax(dim=0)
+        return copies.start(labels.to(torch.int32))
+
+    def examine(
+        self, image: Mapping[str, Any], fetched: Tensor
+    ) -> tuple[np.ndarray, np.ndarray | None, list]:
+        """Confusion matrix (K + 1, K + 1), that of the boundaries where detectron2 has one, and the masks as JSON.
+
         Raises:
             AnnotationError: a semantic map that is missing, damaged, of another size than the prediction, or with labels
                 that are no class. detectron2 would fail without a name, or count them for other classes.
         """
-        for image, output in zip(inputs, outputs, strict=True):
-            path = self.input_file_to_gt_file[image["file_name"]]
-            with naming({"file_name": path, "image_id": image.get("image_id")}, "evaluated on"):
-                with PathManager.open(path, "rb") as f:
-                    labels = np.asarray(Image.open(f))
-                predicted = output["sem_seg_labels"] if "sem_seg_labels" in output else output["sem_seg"][0]
-                if labels.shape != tuple(predicted.shape):
-                    raise ValueError(
-                        f"its shape is {labels.shape}, that of the prediction {tuple(predicted.shape)}"
-                    )
-                wrong = np.unique(labels[(labels != self._ignore_label) & (labels >= self._num_classes)])
-                if wrong.size:
-                    raise ValueError(
-                        f"it holds the labels {wrong.tolist()[:5]}, but there are {self._num_classes} classes, and "
-                        f"{self._ignore_label} for no class"
-                    )
-        super().process(inputs, outputs)
+        predicted = fetched.numpy()
+        path = self.input_file_to_gt_file[image["file_name"]]
+        with naming({"file_name": path, "image_id": image.get("image_id")}, "evaluated on"):
+            with PathManager.open(path, "rb") as f:
+                labels = np.asarray(Image.open(f))
+            if labels.shape != predicted.shape:
+                raise ValueError(f"its shape is {labels.shape}, that of the prediction {predicted.shape}")
+            starts, lengths = pair_runs(predicted, labels)
+            true = labels.ravel()[starts].astype(np.int64)
+            wrong = np.unique(true[(true != self._ignore_label) & (true >= self._num_classes)])
+            if wrong.size:
+                raise ValueError(
+                    f"it holds the labels {wrong.tolist()[:5]}, but there are {self._num_classes} classes, and "
+                    f"{self._ignore_label} for no class"
+                )
+        true[true == self._ignore_label] = self._num_classes
+        confusion = self._confusion(predicted.ravel()[starts], true, lengths)
+        boundaries = None
+        if getattr(
+            self, "_compute_boundary_iou", False
+        ):  # detectron2's main branch, where OpenCV is installed
+            labels = np.where(labels == self._ignore_label, self._num_classes, labels)
+            maps = [self._mask_to_boundary(one.astype(np.uint8)) for one in (predicted, labels)]
+            starts, lengths = pair_runs(*maps)
+            boundaries = self._confusion(*(one.ravel()[starts] for one in maps), lengths)
+        return confusion, boundaries, self.encode_json_sem_seg(predicted, image["file_name"])
+
+    def add(self, examined: tuple[np.ndarray, np.ndarray | None, list]) -> None:
+        confusion, boundaries, predictions = examined
+        self._conf_matrix += confusion
+        if boundaries is not None:
+            self._b_conf_matrix += boundaries
+        self._predictions.extend(predictions)
+
+    def _confusion(self, predicted: np.ndarray, true: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Pixels of each predicted (rows) and true class (K + 1, K + 1), K for none, from runs of them (n,)."""
+        size = self._num_classes + 1
+        pairs = size * predicted.astype(np.int64) + true
+        return np.bincount(pairs, weights=lengths, minlength=size * size).astype(np.int64).reshape(size, size)
+
+    def encode_json_sem_seg(self, sem_seg: np.ndarray, input_file_name: str) -> list[dict]:
+        """detectron2's, from one pass over the map."""
+        json_list = []
+        for label, rle in encode_labels(sem_seg).items():
+            dataset_id = label
+            if self._contiguous_id_to_dataset_id is not None:
+                assert label in self._contiguous_id_to_dataset_id, (
+                    f"Label {label} is not in the metadata info for {self._dataset_name}"
+                )
+                dataset_id = self._contiguous_id_to_dataset_id[label]
+            rle["counts"] = rle["counts"].decode("ascii")
+            json_list.append({"file_name": input_file_name, "category_id": dataset_id, "segmentation": rle})
+        return json_list
 
 
 class LVISSegEvaluator(WholeFilesMixin, RLEMixin, LVISEvaluator):

@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from .build import build_evaluator, check_test_sets
+from .overlapped import OverlappedEvaluators
 from .test_loader import build_test_loader
 from .whole_files import remove_leftovers
 
@@ -68,7 +69,11 @@ def evaluate_model(cfg: CfgNode, model: nn.Module) -> OrderedDict:
             len(loader.batch_sampler.sampler),
             cfg.TEST.BATCH_SIZE,
         )
-        results[name] = inference_on_dataset(model, loader, evaluators[name])
+        try:
+            results[name] = inference_on_dataset(model, loader, evaluators[name])
+        finally:
+            if isinstance(evaluators[name], OverlappedEvaluators):
+                evaluators[name].close()  # no threads are left where the model fails
         if comm.is_main_process():
             logger.info("Evaluation results for %s in csv format:", name)
             print_csv_format(results[name])

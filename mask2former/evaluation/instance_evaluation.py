@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
@@ -63,23 +65,20 @@ class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
             thing_classes=[category["name"] for category in names],
         )
 
-    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+    def examine(self, image: Mapping[str, Any], fetched: dict) -> list[dict]:
         """
         Args:
-            inputs: with "image_id".
-            outputs: with "instances": pred_masks (N, H, W) bool, or pred_masks_rle, an RLEMasks; pred_boxes, scores,
+            image: with "image_id".
+            fetched: with "instances": pred_masks (N, H, W) bool, or pred_masks_rle, an RLEMasks; pred_boxes, scores,
                 and pred_classes as contiguous ids.
 
         Raises:
             ValueError: a predicted class is not a thing of the data set.
         """
-        outputs = [
-            {**output, "instances": self._with_closed_up_classes(output["instances"], image["image_id"])}
-            if "instances" in output
-            else output
-            for image, output in zip(inputs, outputs, strict=True)
-        ]
-        super().process(inputs, outputs)
+        if "instances" in fetched:
+            instances = self._with_closed_up_classes(fetched["instances"], image["image_id"])
+            fetched = {**fetched, "instances": instances}
+        return super().examine(image, fetched)
 
     def _with_closed_up_classes(self, instances: Instances, image_id) -> Instances:
         if self._closed_up is None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import logging
 import os
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,17 +15,18 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from PIL import Image
 from tabulate import tabulate
+from torch import Tensor
 
 from ..data.errors import AnnotationError, naming, read_json
-from .panoptic_quality import PQStat, check_all_predicted, ids_to_rgb, match_segments, read_panoptic_png
+from .overlapped import HostCopies, PerImageMixin
+from .panoptic_quality import PQStat, check_all_predicted, match_segments, panoptic_png, read_panoptic_png
 from .whole_files import whole_files
 
 logger = logging.getLogger(__name__)
 
 
-class PanopticEvaluator(DatasetEvaluator):
+class PanopticEvaluator(PerImageMixin, DatasetEvaluator):
     """Panoptic quality of "panoptic_seg" outputs.
 
     Each image is compared as it comes, on the rank that it is on; ranks exchange counts, not maps. With an
@@ -72,24 +73,38 @@ class PanopticEvaluator(DatasetEvaluator):
         self._stats: dict[Any, PQStat] = {}
         self._predictions: list[dict] = []
 
-    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+    def fetch(self, output: Mapping[str, Any], copies: HostCopies) -> tuple:
         """
         Args:
-            inputs: with "image_id" and "file_name".
-            outputs: with "panoptic_seg": ids (H, W) and segments_info, as `MaskFormer` and detectron2 give
+            output: with "panoptic_seg": ids (H, W) and segments_info, as `MaskFormer` and detectron2 give
                 them, or ids of the form category_id * label_divisor + instance with -1 for void, and None.
         """
-        for image, output in zip(inputs, outputs, strict=True):
-            ids, segments = self._unpack(output["panoptic_seg"], image["image_id"])
-            if self._annotations:
-                self._stats[image["image_id"]] = self._compare(image["image_id"], ids, segments)
-            if self._output_dir is not None:
-                with io.BytesIO() as png:
-                    Image.fromarray(ids_to_rgb(ids)).save(png, format="PNG", compress_level=1)
-                    content = png.getvalue()
-                name = os.path.splitext(os.path.basename(image["file_name"]))[0] + ".png"
-                prediction = {"image_id": image["image_id"], "file_name": name, "segments_info": segments}
-                self._predictions.append({**prediction, "png": content})
+        ids, segments = output["panoptic_seg"]
+        return copies.start(ids), segments
+
+    def examine(self, image: Mapping[str, Any], fetched: tuple) -> tuple[Any, PQStat | None, dict | None]:
+        """
+        Args:
+            image: with "image_id" and "file_name".
+
+        Returns:
+            the image's id, how it compares with the truth, and what is to be written of it; None for what there is not.
+        """
+        image_id = image["image_id"]
+        ids, segments = self._unpack(fetched, image_id)
+        stat = self._compare(image_id, ids, segments) if self._annotations else None
+        if self._output_dir is None:
+            return image_id, stat, None
+        name = os.path.splitext(os.path.basename(image["file_name"]))[0] + ".png"
+        prediction = {"image_id": image_id, "file_name": name, "segments_info": segments}
+        return image_id, stat, {**prediction, "png": panoptic_png(ids)}
+
+    def add(self, examined: tuple[Any, PQStat | None, dict | None]) -> None:
+        image_id, stat, prediction = examined
+        if stat is not None:
+            self._stats[image_id] = stat
+        if prediction is not None:
+            self._predictions.append(prediction)
 
     def evaluate(self) -> OrderedDict | None:
         """
@@ -125,7 +140,7 @@ class PanopticEvaluator(DatasetEvaluator):
     def _unpack(self, panoptic_seg: tuple, image_id: Any) -> tuple[np.ndarray, list[dict]]:
         """Ids with 0 for void, and segments with dataset category ids."""
         ids, segments = panoptic_seg
-        ids = ids.cpu().numpy() if hasattr(ids, "cpu") else np.asarray(ids)
+        ids = ids.numpy() if isinstance(ids, Tensor) else np.asarray(ids)
         if segments is None:
             segments, divisor = [], self._metadata.label_divisor
             for label in np.unique(ids).tolist():

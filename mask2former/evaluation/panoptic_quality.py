@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -84,13 +86,23 @@ class PQStat:
         return results
 
 
+def pair_runs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where in two maps of one shape, read row by row, runs of one pair of values start; and their lengths in pixels.
+
+    Rows are long runs of one pair: what is counted over the runs takes a fraction of what is counted over the pixels.
+    """
+    first, second = first.ravel(), second.ravel()
+    changed = first[1:] != first[:-1]
+    changed |= second[1:] != second[:-1]
+    starts = np.concatenate([[0], np.flatnonzero(changed) + 1])
+    return starts, np.diff(starts, append=first.size)
+
+
 def count_overlaps(gt_ids: np.ndarray, pred_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """True id, predicted id and pixels of each pair in two (H, W) maps with ids of 0 .. 2^24 - 1."""
-    pairs = gt_ids.ravel().astype(np.int64) * _ID_RANGE + pred_ids.ravel()
-    # Rows are long runs of one pair: sorting the runs takes a fraction of sorting the pixels.
-    starts = np.flatnonzero(np.concatenate([[True], pairs[1:] != pairs[:-1]]))
-    lengths = np.diff(np.append(starts, pairs.size))
-    unique, inverse = np.unique(pairs[starts], return_inverse=True)
+    starts, lengths = pair_runs(gt_ids, pred_ids)
+    pairs = gt_ids.ravel()[starts].astype(np.int64) * _ID_RANGE + pred_ids.ravel()[starts]
+    unique, inverse = np.unique(pairs, return_inverse=True)
     pixels = np.bincount(inverse.ravel(), weights=lengths, minlength=unique.size).astype(np.int64)
     return unique // _ID_RANGE, unique % _ID_RANGE, pixels
 
@@ -203,14 +215,48 @@ def rgb_to_ids(rgb: np.ndarray) -> np.ndarray:
 
 def ids_to_rgb(ids: np.ndarray) -> np.ndarray:
     """(H, W) ids of 0 .. 2^24 - 1 to (H, W, 3) uint8; the inverse of `rgb_to_ids`."""
+    _check_range(ids)
+    return np.stack([ids & 255, (ids >> 8) & 255, (ids >> 16) & 255], axis=-1).astype(np.uint8)
+
+
+def _check_range(ids: np.ndarray) -> None:
     if ids.size and (ids.min() < 0 or ids.max() >= _ID_RANGE):
         raise ValueError(f"segment ids {ids.min()}..{ids.max()} do not fit into 0..{_ID_RANGE - 1}")
-    return np.stack([ids & 255, (ids >> 8) & 255, (ids >> 16) & 255], axis=-1).astype(np.uint8)
 
 
 def read_panoptic_png(file) -> np.ndarray:
     """(H, W) int32 segment ids of a COCO panoptic PNG, given as a path or an open file."""
-    return rgb_to_ids(np.asarray(Image.open(file)))
+    with Image.open(file) as image:
+        if image.mode != "RGB":
+            return rgb_to_ids(np.asarray(image))
+        # R, G, B and a byte of padding are the bytes of an id already.
+        pixels = np.frombuffer(image.tobytes("raw", "RGBX"), dtype="<i4")
+        return (pixels & (_ID_RANGE - 1)).reshape(image.height, image.width).astype(np.int32, copy=False)
+
+
+def panoptic_png(ids: np.ndarray) -> bytes:
+    """The PNG file of (H, W) ids of 0 .. 2^24 - 1 as RGB, for `read_panoptic_png` and panopticapi.
+
+    The image that PIL would write, in a third of its time: each row is stored as its difference from the row above, where
+    PIL tries five filters for every row, and segments leave runs of zeros.
+    """
+    _check_range(ids)
+    height, width = ids.shape
+    rows = np.zeros((height, 1 + 3 * width), dtype=np.uint8)
+    rows[:, 0] = 2  # the filter "up"
+    for channel in range(3):
+        plane = (ids >> (8 * channel)).astype(np.uint8)
+        if channel == 0 or plane.any():
+            rows[0, 1 + channel :: 3] = plane[0]
+            np.subtract(plane[1:], plane[:-1], out=rows[1:, 1 + channel :: 3])
+    compressor = zlib.compressobj(level=1, memLevel=9, strategy=zlib.Z_RLE)
+    pixels = compressor.compress(rows) + compressor.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits a channel, RGB
+    chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
+        for kind, data in chunks
+    )
 
 
 def pq_compute(

@@ -215,6 +215,7 @@ def test_release_defaults():
     # The keys the release does not have leave its behaviour as it is.
     assert (mask_former.TEST.INSTANCE_FORMAT, mask_former.TEST.SEMANTIC_FORMAT) == ("auto", "auto")
     assert (cfg.MODEL.BACKEND, mask_former.TEST.BOXES_FROM_MASKS, cfg.TEST.BATCH_SIZE) == ("torch", False, 1)
+    assert cfg.TEST.EVALUATION_THREADS == -1
 
 
 def test_defaults_of_detectron2_are_untouched():

@@ -9,7 +9,7 @@ from pycocotools import mask as mask_util
 from mask2former import kernels
 from mask2former.postprocess_options import PostprocessOptions
 from mask2former.postprocessing import postprocess
-from mask2former.rle import RLEMasks
+from mask2former.rle import RLEMasks, encode_labels
 from tests.golden import mini_cfg
 
 TEST = "MODEL.MASK_FORMER.TEST."
@@ -133,3 +133,28 @@ def test_formats_of_a_config():
 def test_unknown_format_names_the_key_and_the_choices(key):
     with pytest.raises(ValueError, match=rf"TEST\.{key} is 'polygons'; expected one of auto, "):
         PostprocessOptions.from_config(mini_cfg("resnet50-mini", (TEST + key, "polygons")))
+
+
+@pytest.mark.parametrize("kind", ["noise", "blocks", "one label"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
+def test_masks_of_labels_are_those_of_pycocotools(kind, dtype):
+    rng = np.random.default_rng(3)
+    for height, width in ((1, 1), (1, 9), (7, 1), (13, 29), (480, 640)):
+        labels = rng.integers(0, 5, (height, width)) * 30
+        if kind == "blocks":
+            labels = np.kron(rng.integers(0, 5, (height, width)), np.ones((3, 5), dtype=int))
+        elif kind == "one label":
+            labels[:] = 7
+        labels = labels.astype(dtype)
+        encoded = encode_labels(labels)
+        assert list(encoded) == np.unique(labels).tolist()
+        for label, rle in encoded.items():
+            assert rle == mask_util.encode(np.asfortranarray((labels == label).astype(np.uint8)))
+
+
+def test_long_runs_of_labels():
+    """Up to six characters a run, and differences below zero."""
+    labels = np.zeros((60000, 600), dtype=np.uint8)
+    labels[-1, -1] = labels[5, 5] = labels[40000, 0] = 1
+    for label, rle in encode_labels(labels).items():
+        assert rle == mask_util.encode(np.asfortranarray((labels == label).astype(np.uint8)))

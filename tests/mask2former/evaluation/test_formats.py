@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import SemSegEvaluator as Detectron2sSemSegEvaluator
 from detectron2.structures import Instances
+from PIL import Image
 
 from mask2former.evaluation import InstanceSegEvaluator, with_evaluation_formats
 from mask2former.evaluation.formats import DecodingMixin, RLEMixin, SemSegEvaluator
@@ -77,6 +82,54 @@ def test_labels_give_the_miou_of_scores(shapes, records, make_oracle):
     labels = [{"sem_seg_labels": o["sem_seg"].argmax(0)} for o in outputs]
     actual = evaluate(SemSegEvaluator(name, distributed=False), records, labels)["sem_seg"]
     assert actual == pytest.approx(expected, nan_ok=True) and 5 < actual["mIoU"] < 99
+
+
+@pytest.mark.parametrize("ids", ["of the data set", "contiguous"])
+def test_semantic_counts_and_masks_are_detectron2s(shapes, records, make_oracle, monkeypatch, ids):
+    name = f"{shapes}_val_panoptic"
+    outputs = make_oracle(shift=2)(records)
+    evaluators = SemSegEvaluator(name, distributed=False), Detectron2sSemSegEvaluator(name, distributed=False)
+    for evaluator in evaluators:
+        if ids == "contiguous":
+            monkeypatch.setattr(evaluator, "_contiguous_id_to_dataset_id", None)
+        evaluate(evaluator, records, outputs)
+    ours, theirs = evaluators
+    assert (ours._conf_matrix == theirs._conf_matrix).all() and ours._conf_matrix.dtype == np.int64
+    assert ours._conf_matrix[:, -1].any()  # void is counted
+    assert json.dumps(ours._predictions) == json.dumps(theirs._predictions)
+
+
+def test_boundaries_are_counted_where_detectron2_does(shapes, records, make_oracle):
+    """As its main branch, which leaves the inside of every region 0."""
+    name = f"{shapes}_val_panoptic"
+    evaluator = SemSegEvaluator(name, distributed=False)
+    evaluator._compute_boundary_iou = True
+    evaluator._mask_to_boundary = lambda labels: labels - np.minimum(labels, np.roll(labels, 1, axis=0))
+    evaluator.reset()
+    evaluator._b_conf_matrix = np.zeros_like(evaluator._conf_matrix)
+    outputs = make_oracle(shift=2)(records)
+    evaluator.process([{"file_name": r["file_name"]} for r in records], outputs)
+    expected = np.zeros_like(evaluator._conf_matrix)
+    size = len(expected)
+    for record, output in zip(records, outputs, strict=True):
+        true = np.array(Image.open(record["sem_seg_file_name"]))
+        true[true == 255] = size - 1
+        predicted = output["sem_seg"].argmax(0).numpy().astype(np.uint8)
+        maps = [evaluator._mask_to_boundary(labels).astype(int) for labels in (predicted, true)]
+        pairs = size * maps[0] + maps[1]
+        expected += np.bincount(pairs.ravel(), minlength=size * size).reshape(size, size)
+    assert (evaluator._b_conf_matrix == expected).all()
+
+
+def test_class_that_the_data_set_lacks_is_refused(shapes, records):
+    record = records[0]
+    evaluator = SemSegEvaluator(f"{shapes}_val_panoptic", distributed=False)
+    evaluator.reset()
+    labels = torch.full((record["height"], record["width"]), 13)
+    with pytest.raises(AssertionError, match="Label 13 is not in the metadata info"):
+        evaluator.process([{"file_name": record["file_name"]}], [{"sem_seg_labels": labels}])
+    with pytest.raises(ValueError, match="reshape"):
+        evaluator.process([{"file_name": record["file_name"]}], [{"sem_seg_labels": labels + 1}])
 
 
 def test_evaluator_of_bool_masks_gets_them_decoded():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from mask2former.evaluation.panoptic_quality import (
     count_overlaps,
     ids_to_rgb,
     match_segments,
+    panoptic_png,
     pq_compute,
+    read_panoptic_png,
     rgb_to_ids,
 )
 
@@ -196,6 +200,46 @@ def test_ids_survive_the_png_coding():
     for wrong in (-1, 2**24):
         with pytest.raises(ValueError, match="do not fit"):
             ids_to_rgb(np.array([[wrong]]))
+
+
+@pytest.mark.parametrize("highest", [1, 200, 300, 2**16 + 5, 2**24 - 1])
+def test_png_of_ids_is_a_png_to_all(highest):
+    rng = np.random.default_rng(highest)
+    small = np.append(rng.integers(0, highest + 1, 34), highest).reshape(5, 7)
+    for ids in (small, np.kron(small, np.ones((9, 11), dtype=int)).astype(np.int32)):
+        content = panoptic_png(ids)
+        with Image.open(io.BytesIO(content)) as image:
+            assert image.mode == "RGB"
+            np.testing.assert_array_equal(np.asarray(image), ids_to_rgb(ids))
+        with Image.open(io.BytesIO(content)) as image:
+            image.verify()  # checksums
+        read = read_panoptic_png(io.BytesIO(content))
+        assert read.dtype == np.int32
+        np.testing.assert_array_equal(read, ids)
+    for wrong in (-1, 2**24):
+        with pytest.raises(ValueError, match="do not fit"):
+            panoptic_png(np.array([[wrong]]))
+
+
+def test_map_with_an_alpha_channel_is_read(tmp_path):
+    ids = np.arange(12, dtype=np.int32).reshape(3, 4) * 70000
+    rgba = np.dstack([ids_to_rgb(ids), np.full((3, 4), 9, dtype=np.uint8)])
+    Image.fromarray(rgba).save(tmp_path / "map.png")
+    np.testing.assert_array_equal(read_panoptic_png(tmp_path / "map.png"), ids)
+    Image.fromarray(rgba[..., 0]).save(tmp_path / "grey.png")
+    with pytest.raises(ValueError, match=r"expected a panoptic map of shape \(height, width, 3\)"):
+        read_panoptic_png(tmp_path / "grey.png")
+
+
+@pytest.mark.parametrize("zoom", [1, 6])
+def test_overlaps_are_those_of_counting_pixels(zoom):
+    rng = np.random.default_rng(zoom)
+    zoomed = np.ones((zoom, zoom), dtype=np.int32)
+    true = np.kron(rng.choice([0, 3, 70000, 2**24 - 1], (20, 30)), zoomed)
+    predicted = np.kron(rng.integers(0, 4, (20, 30)), zoomed).astype(np.int32)
+    found = [a.tolist() for a in count_overlaps(true, predicted)]
+    pixels = Counter(zip(true.ravel().tolist(), predicted.ravel().tolist(), strict=True))
+    assert list(zip(*found, strict=True)) == [(g, p, n) for (g, p), n in sorted(pixels.items())]
 
 
 def write_case(folder, gt_maps, gt_annotations, pred_maps, pred_annotations, categories):
