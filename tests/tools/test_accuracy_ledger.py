@@ -376,6 +376,6 @@ def test_sizes_are_read():
     assert size_pair("800/1333") == (800, 1333)
 
 
-@pytest.mark.parametrize("section", ["shapes-r50"])
+@pytest.mark.parametrize("section", ["shapes-r50", "shapes-swin-t", "shapes-small"])
 def test_model_zoo_has_a_place_for_the_table(section):
     ledger_markdown.check_section(str(REPO / "MODEL_ZOO.md"), section)
