@@ -35,8 +35,8 @@ _DEFAULTS = {
             # comes with TensorRT; "native", TensorRT's own layers (slow); "auto", the first of them that is there.
             "MSDA": "auto",
             # LayerNorm and GroupNorm by: "plugin", this project's own kernels, which sum in float32, take and give 16-bit
-            # tensors, and fuse the residual sum and ReLU around them; "native", TensorRT's normalization layers; "auto",
-            # the plugin where it is built. On TensorRT 8.6 "native" may not build in fp16.
+            # tensors, and fuse the residual sum and ReLU around them, and the images' normalisation; "native", TensorRT's
+            # layers; "auto", the plugin where it is built. On TensorRT 8.6 "native" may not build in fp16.
             "NORMALIZATION": "auto",
             # The transformer decoder's attention, and Swin's inside windows, likewise: "plugin" (fp16 and bf16 engines,
             # on GPUs of compute capability 8.0 or higher), "native" or "auto".

@@ -9,6 +9,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, bu
 from torch import Tensor, nn
 
 from .backend import build_backend, check_backend
+from .modeling import fused_ops
 from .modeling.criterion import build_criterion
 from .modeling.targets import prepare_targets
 from .postprocess_options import PostprocessOptions
@@ -114,7 +115,8 @@ class MaskFormer(nn.Module):
 
     def _outputs(self, images: Tensor) -> dict:
         """The transformer decoder's outputs; in training with those of its earlier layers."""
-        return self.sem_seg_head(self.backbone((images - self.pixel_mean) / self.pixel_std))
+        images = fused_ops.normalize_images(images, self.pixel_mean, self.pixel_std)
+        return self.sem_seg_head(self.backbone(images))
 
     def forward(self, batched_inputs: list[dict]) -> list[dict] | dict[str, Tensor]:
         """Segment images, or in training mode compute the losses.

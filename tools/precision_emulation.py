@@ -119,6 +119,7 @@ def emulated(
             wrapped += [
                 (fused_ops, name, rounding.norm) for name in ("residual_layer_norm", "group_norm_relu")
             ]
+            wrapped.append((fused_ops, "normalize_images", rounding.images))
         for module, name, wrapper in wrapped:
             original = getattr(module, name)
             patches.callback(setattr, module, name, original)
@@ -164,6 +165,11 @@ class _Rounding(TorchFunctionMode):
         """fused_ops' functions by our plugin: what comes is taken as it is, and the norm's precision is the output's."""
         out = self._plugin(original, *args)
         return self._round(out) if self._low(self._stack.path(args[-1])) else out
+
+    def images(self, original: Callable, *args) -> Tensor:
+        """The images' normalisation by our plugin: in float32, whatever the output is."""
+        out = self._plugin(original, *args)
+        return self._round(out) if self._low(self._stack.name) else out
 
     def _plugin(self, original: Callable, *args) -> Tensor:
         self._in_plugin = True

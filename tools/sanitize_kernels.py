@@ -277,6 +277,36 @@ def normalization(kernels: ModuleType, gpu: Gpu) -> None:
                 gpu.finish()
 
 
+def normalize_images(kernels: ModuleType, gpu: Gpu) -> None:
+    rng = np.random.default_rng(0)
+    for channels, pixels, strides in (
+        (3, 1056, (0, 3, 4, 8)),
+        (3, 1237, (0, 3, 4, 8)),
+        (8, 70, (8,)),
+        (9, 7, (0,)),
+    ):
+        images = rng.uniform(0, 255, (2, channels, pixels)).astype(np.float32)
+        mean, std = rng.uniform(50, 150, (2, channels)).astype(np.float32)
+        for stride in strides:
+            for out_dtype in DTYPES:
+                kernels.normalize_images(
+                    gpu.put(images),
+                    gpu.put(mean),
+                    gpu.put(std),
+                    gpu.out(
+                        "normalize_images",
+                        2 * pixels * (stride or channels) * (4 if out_dtype == "float32" else 2),
+                    ),
+                    out_dtype=out_dtype,
+                    batch=2,
+                    channels=channels,
+                    pixels=pixels,
+                    pixel_stride=stride,
+                    stream=0,
+                )
+                gpu.finish()
+
+
 def attention(kernels: ModuleType, gpu: Gpu) -> None:
     rng = np.random.default_rng(0)
     cases = [
@@ -432,6 +462,7 @@ CASES: dict[str, Callable[[ModuleType, Gpu], None]] = {
     "postprocess": postprocess,
     "resize": resize,
     "normalization": normalization,
+    "normalize_images": normalize_images,
     "attention": attention,
     "mask_features": mask_features,
     "window_attention": window_attention,

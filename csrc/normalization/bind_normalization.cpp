@@ -50,6 +50,23 @@ void bound_group_norm(
     group_norm(t, sizes_of(batch, channels, pixels, groups), epsilon, relu, reinterpret_cast<cudaStream_t>(stream));
 }
 
+void bound_normalize_images(
+    std::uintptr_t images, std::uintptr_t mean, std::uintptr_t std, std::uintptr_t out, std::string const& out_dtype,
+    std::int64_t batch, std::int64_t channels, std::int64_t pixels, std::int64_t pixel_stride, std::uintptr_t stream) {
+    NormalizeImagesTensors t;
+    t.images = reinterpret_cast<float const*>(images);
+    t.mean = reinterpret_cast<float const*>(mean);
+    t.std = reinterpret_cast<float const*>(std);
+    t.out = reinterpret_cast<void*>(out);
+    t.out_type = dtype_from_name(out_dtype, "normalize_images: out");
+    ImageSizes sizes;
+    sizes.batch = batch;
+    sizes.channels = channels;
+    sizes.pixels = pixels;
+    sizes.pixel_stride = pixel_stride;
+    normalize_images(t, sizes, reinterpret_cast<cudaStream_t>(stream));
+}
+
 }  // namespace
 
 void bind_normalization(py::module_& module) {
@@ -71,6 +88,12 @@ void bind_normalization(py::module_& module) {
         py::arg("pixels"), py::arg("groups"), py::arg("epsilon"), py::arg("relu"), py::arg("channels_last"),
         py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
         "GroupNorm of maps, see normalization.h. Tensors are addresses on the stream's device.");
+    module.def(
+        "normalize_images", &bound_normalize_images, py::arg("images"), py::arg("mean"), py::arg("std"), py::arg("out"),
+        py::kw_only(), py::arg("out_dtype"), py::arg("batch"), py::arg("channels"), py::arg("pixels"), py::arg("pixel_stride"),
+        py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+        "Images less their mean, over their standard deviation, see normalization.h. Tensors are addresses on the stream's "
+        "device.");
 }
 
 }  // namespace d2_trt

@@ -1,4 +1,4 @@
-// LayerNorm and GroupNorm with float32 statistics, and what is fused with them.
+// LayerNorm and GroupNorm with float32 statistics, and what is fused with them; normalisation of images.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -61,5 +61,31 @@ std::size_t group_norm_workspace(GroupNormSizes const& sizes, MapLayout layout);
 // the same input gives the same bits.
 // Throws std::invalid_argument where sizes or alignments are not allowed, std::runtime_error where CUDA refuses.
 void group_norm(GroupNormTensors const& tensors, GroupNormSizes const& sizes, float epsilon, bool relu, cudaStream_t stream);
+
+struct ImageSizes {
+    std::int64_t batch = 0;
+    std::int64_t channels = 0;
+    std::int64_t pixels = 0;        // H * W
+    std::int64_t pixel_stride = 0;  // of the result, in elements; 0: planar
+};
+
+// All in device memory, C-contiguous, none overlapping `out`, each aligned to its element; `out` to 16 bytes where the pixel
+// stride is 4 or 8.
+struct NormalizeImagesTensors {
+    float const* images = nullptr;  // (batch, channels, pixels)
+    float const* mean = nullptr;    // (channels)
+    float const* std = nullptr;     // (channels)
+    void* out = nullptr;            // (batch, channels, pixels) or (batch, pixels, pixel_stride), out_type
+    DType out_type = DType::kFloat32;
+};
+
+// Whether the result may have so many elements from pixel to pixel: 0, or at least the channels and 4 or 8, or as many as there
+// are channels, up to 8.
+bool normalize_images_takes_stride(std::int64_t channels, std::int64_t stride);
+
+// out = (images - mean) / std for each channel, every operation rounded to float32 as PyTorch does, then to out_type. Channels
+// past the images' own are zeros.
+// Throws std::invalid_argument where sizes or alignments are not allowed, std::runtime_error where CUDA refuses.
+void normalize_images(NormalizeImagesTensors const& tensors, ImageSizes const& sizes, cudaStream_t stream);
 
 }  // namespace d2_trt

@@ -6,6 +6,7 @@
 #include "trt_plugin/layer_norm_core.h"
 #include "trt_plugin/mask_features_core.h"
 #include "trt_plugin/ms_deform_attn_core.h"
+#include "trt_plugin/normalize_images_core.h"
 #include "trt_plugin/window_attention_core.h"
 
 namespace d2_trt::plugin {
@@ -15,6 +16,6 @@ struct PluginList {};
 
 using Plugins = PluginList<
     AttentionPlugin, GroupNormPlugin, LayerNormPlugin, LevelMaskFeaturesPlugin, MaskProductPlugin, MsDeformAttnPlugin,
-    WindowAttentionPlugin>;
+    NormalizeImagesPlugin, WindowAttentionPlugin>;
 
 }  // namespace d2_trt::plugin

@@ -65,6 +65,9 @@ class Graph:
         self._shapes = {}
         # Float types by tensor name: TensorRT 8.6 calls what a shuffle, slice or concatenation gives float32.
         self._told_types = {}
+        # What makes the tensors that depend on weights alone in another type, by name; and what it made.
+        self._recipes: dict[str, Callable] = {}
+        self._remade = {}
         self._iota = None
         self._float_types = {torch.float32: self.trt.float32, torch.float16: self.trt.float16}
         if hasattr(self.trt, "bfloat16"):
@@ -99,8 +102,10 @@ class Graph:
 
     def tensor(self, value, rank: int | None = None):
         """The network's tensor of a traced tensor, a parameter or a number, with at least `rank` dimensions."""
+        if isinstance(value, torch.Tensor) and not hasattr(value, "_trt"):
+            return self.constant(value[(None,) * ((rank or 0) - value.dim())])
         if isinstance(value, torch.Tensor):
-            out = value._trt if hasattr(value, "_trt") else self.constant(value)
+            out = value._trt
         elif isinstance(value, (int, float)):
             out = self.constant(torch.tensor(float(value)).reshape((1,) * (rank or 1)))
         else:
@@ -108,22 +113,35 @@ class Graph:
         missing = (rank or 0) - len(out.shape)
         return self.reshape(out, [1] * missing + self.sizes(out)) if missing > 0 else out
 
-    def constant(self, value: torch.Tensor):
-        """A constant; floating values become float32, which `emit` casts where a layer computes in another type."""
+    def constant(self, value: torch.Tensor, dtype: torch.dtype = torch.float32):
+        """A constant; floating values become `dtype`, rounded to nearest as a cast in the engine would."""
         value = value.detach().cpu()
         if value.is_floating_point():
-            array = value.float().numpy()
-        elif value.dtype == torch.bool:
-            array = value.numpy()
-        else:
-            array = value.numpy().astype(np.int64 if self.strong else np.int32)
+            return self._float_constant(value.float(), dtype)
+        array = value.numpy()
+        if value.dtype != torch.bool:
+            array = array.astype(np.int64 if self.strong else np.int32)
         array = np.ascontiguousarray(array)
         self._alive.append(array)
         return self.network.add_constant(tuple(value.shape), array).get_output(0)
 
+    def _float_constant(self, value: torch.Tensor, dtype: torch.dtype):
+        layer = self.network.add_constant(tuple(value.shape), self._held(value.to(dtype)))
+        result = layer.get_output(0)
+        if not self.strong and dtype != torch.float32:  # else TensorRT chooses the type
+            layer.precision = self.dtype(dtype)
+            layer.set_output_type(0, self.dtype(dtype))
+        self._told_types[result.name] = self.dtype(dtype)
+        self._recipes[result.name] = lambda other: self._float_constant(value, other)
+        return result
+
     def weights(self, value: torch.Tensor, dtype: torch.dtype):
         """Weights of a layer, in the type that it computes in where networks are strongly typed."""
-        value = value.detach().cpu().to(dtype if self.strong else torch.float32).contiguous()
+        return self._held(value.detach().cpu().to(dtype if self.strong else torch.float32))
+
+    def _held(self, value: torch.Tensor):
+        """A tensor on the CPU as TensorRT takes weights, in memory that lives as long as the graph."""
+        value = value.contiguous()
         self._alive.append(value)
         if value.dtype == torch.bfloat16:  # numpy has no such type
             return self.trt.Weights(self.dtype(value.dtype), value.data_ptr(), value.numel())
@@ -133,16 +151,16 @@ class Graph:
 
     def move(self, add: Callable, *inputs):
         """Add a layer that only moves elements: they keep their type, and several inputs are brought to one."""
-        if self.strong:
-            kinds = {x.dtype for x in inputs if self.is_float(x)}
-            if len(kinds) > 1:
-                inputs = [self.cast(x, self.compute_dtype(self.current_module())) for x in inputs]
-            return add(*inputs).get_output(0)
-        # Weakly typed: TensorRT carries the type through. Told one, a Myelin region refuses to convert on the way.
+        floats = [x for x in inputs if self.is_float(x)]
+        if self.strong and len({x.dtype for x in floats}) > 1:
+            inputs = floats = [self.cast(x, self.compute_dtype(self.current_module())) for x in inputs]
         result = add(*inputs).get_output(0)
-        kinds = {self._kind(x) for x in inputs if self.is_float(x)}
+        # Weakly typed: TensorRT carries the type through. Told one, a Myelin region refuses to convert on the way.
+        kinds = {self._kind(x) for x in floats}
         if len(kinds) == 1:
             self._told_types[result.name] = kinds.pop()
+        if floats and all(x.name in self._recipes for x in floats):
+            self._recipes[result.name] = lambda dtype: self.move(add, *(self.cast(x, dtype) for x in floats))
         return result
 
     def emit(
@@ -177,9 +195,14 @@ class Graph:
         return result
 
     def cast(self, tensor, dtype: torch.dtype):
-        """The tensor in another type."""
+        """The tensor in another type; one that depends on weights alone is made anew, so that the engine casts nothing."""
         if self._kind(tensor) == self.dtype(dtype):
             return tensor
+        if dtype in self._float_types and tensor.name in self._recipes:
+            key = (tensor.name, dtype)
+            if key not in self._remade:
+                self._remade[key] = self._recipes[tensor.name](dtype)
+            return self._remade[key]
         result = self.network.add_cast(tensor, self.dtype(dtype)).get_output(0)
         if dtype in self._float_types:
             self._told_types[result.name] = self.dtype(dtype)

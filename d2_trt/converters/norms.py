@@ -1,4 +1,6 @@
-"""Converters of LayerNorm and GroupNorm, and of what is fused with them: our plugins, or TensorRT's layers."""
+"""Converters of LayerNorm, GroupNorm and what is fused with them, and of images' normalisation: our plugins, or TensorRT's
+layers.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import torch
 from .. import plugin
 from ..errors import ConversionError
 from .layers import affine
-from .registry import converts
+from .registry import DECLINED, converts
 
 
 @converts("torch.nn.functional.layer_norm", "torch.layer_norm")
@@ -39,6 +41,16 @@ def group_norm_relu(g, result, x, norm):
     with g.inside(norm):
         out = _group_norm(g, g.tensor(x), norm.num_groups, norm.weight, norm.bias, norm.eps, relu=fused)
     return out if fused else g.emit(lambda t: g.network.add_activation(t, g.trt.ActivationType.RELU), out)
+
+
+@converts("mask2former.modeling.fused_ops.normalize_images")
+def normalize_images(g, result, images, mean, std):
+    """Exact to float32 whatever the output's type: pixels that are their mean, as padding is, become zeros."""
+    if g.normalization != "plugin":
+        return DECLINED
+    out, channels = _out_type(g), int(images.shape[1])
+    tensors = [g.cast(g.tensor(images), torch.float32), g.constant(mean.flatten()), g.constant(std.flatten())]
+    return g.plugin(plugin.NORMALIZE_IMAGES, tensors, {"out_type": out, "channels": channels}, out)
 
 
 def _layer_norm(g, x, normalized_shape, weight, bias, eps: float, residual=None):

@@ -1,4 +1,7 @@
-"""Converters of mask2former.modeling.shape_ops and of the position encodings: all that depends on a map's size."""
+"""Converters of mask2former.modeling.shape_ops and of the position encodings: all that depends on a map's size.
+
+Where the sizes are fixed, what depends on nothing else is left untraced: what PyTorch makes of it becomes a constant.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 
 import torch
 
-from .registry import converts
+from .registry import converts, traced_tensors
 
 _OPS = "mask2former.modeling.shape_ops."
 
@@ -57,8 +60,11 @@ def resize_like(g, result, x, reference):
 
 @converts(_OPS + "expand_batch_like")
 def expand_batch_like(g, result, x, reference):
+    r = g.tensor(reference)
+    if r.shape[0] >= 0 and not traced_tensors(x):
+        return None
     t = g.tensor(x)
-    return g.expand(t, [g.size(g.tensor(reference), 0), *g.sizes(t)[1:]])
+    return t if t.shape[0] != 1 else g.expand(t, [g.size(r, 0), *g.sizes(t)[1:]])
 
 
 @converts(_OPS + "pad_to_multiple")
@@ -101,6 +107,9 @@ def window_reverse(g, result, windows, window_size, reference):
 @converts(_OPS + "shifted_window_mask")
 def shifted_window_mask(g, result, x, window_size, shift):
     t = g.tensor(x)
+    height, width = g.size(t, 1), g.size(t, 2)
+    if isinstance(height, int) and isinstance(width, int):
+        return None
     f32 = {"compute": torch.float32, "out": torch.float32}
 
     def regions(size):
@@ -115,7 +124,6 @@ def shifted_window_mask(g, result, x, window_size, shift):
             total = step if total is None else g.elementwise("SUM", total, step, **f32)
         return total
 
-    height, width = g.size(t, 1), g.size(t, 2)
     rows = g.reshape(g.elementwise("PROD", regions(height), 3.0, **f32), [height, 1])
     region = g.elementwise("SUM", rows, g.reshape(regions(width), [1, width]), **f32)
     windows = _partition(g, g.reshape(region, [1, height, width, 1]), window_size)  # (1, windows, N, 1)
@@ -133,7 +141,7 @@ def position_embedding_sine(g, result, module, x):
     t = g.tensor(x)
     height, width = g.size(t, 2), g.size(t, 3)
     if isinstance(height, int) and isinstance(width, int):
-        return g.constant(result)
+        return None
     f32 = {"compute": torch.float32, "out": torch.float32}
     feature = torch.arange(module.num_pos_feats, dtype=torch.float64)
     wavelength = module.temperature ** (

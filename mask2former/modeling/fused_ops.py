@@ -20,6 +20,11 @@ def group_norm_relu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     return F.relu(norm(x))
 
 
+def normalize_images(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(images - mean) / std: (B, C, H, W), (C, 1, 1) and (C, 1, 1), float32 -> (B, C, H, W)."""
+    return (images - mean) / std
+
+
 def linear_relu(x: Tensor, linear: nn.Linear) -> Tensor:
     """relu(linear(x)): (..., C) -> (..., D)."""
     return F.relu(linear(x))

@@ -1,4 +1,5 @@
-"""LayerNorm and GroupNorm by the kernels of csrc/normalization, which engines run: to test and time them alone.
+"""LayerNorm, GroupNorm and images' normalisation by the kernels of csrc/normalization, which engines run: to test and time
+them alone.
 
 Not differentiable; the model itself uses PyTorch's own.
 """
@@ -119,16 +120,68 @@ def group_norm(
     return out
 
 
-def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor, channels: int) -> None:
+def normalize_images(
+    images: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    out_dtype: torch.dtype = torch.float32,
+    pixel_stride: int = 0,
+) -> Tensor:
+    """(images - mean) / std, rounded as PyTorch does in float32, then to out_dtype.
+
+    Args:
+        images: (B, C, H, W) float32 on a GPU.
+        mean, std: (C,) float32.
+        out_dtype: any of DTYPES.
+        pixel_stride: 0; or C, 4 or 8, at least C and at most 8.
+
+    Returns:
+        (B, C, H, W), or with a pixel stride (B, H, W, pixel_stride), of which the channels past C are zeros.
+
+    Raises:
+        KernelsMissing: the kernels are not built.
+        ValueError: shapes, dtypes or devices do not go together, or there is no kernel for the pixel stride.
+    """
+    if images.dim() != 4:
+        raise ValueError(f"normalize_images: images have {images.dim()} dimensions; expected (B, C, H, W)")
+    batch, channels, height, width = images.shape
+    _check("normalize_images", images, mean, std, channels, ("images", "mean", "std"))
+    if images.dtype != torch.float32:
+        raise ValueError(f"normalize_images: images are {images.dtype}; expected torch.float32")
+    images, mean, std = images.contiguous(), mean.contiguous(), std.contiguous()
+    shape = (batch, height, width, pixel_stride) if pixel_stride else images.shape
+    out = images.new_empty(shape, dtype=_out_dtype("normalize_images", out_dtype))
+    with torch.cuda.device(images.device):
+        kernels.load().normalize_images(
+            images.data_ptr(),
+            mean.data_ptr(),
+            std.data_ptr(),
+            out.data_ptr(),
+            out_dtype=kernels.dtype_name(out),
+            batch=batch,
+            channels=channels,
+            pixels=height * width,
+            pixel_stride=pixel_stride,
+            stream=kernels.stream_of(images),
+        )
+    return out
+
+
+def _check(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor, channels: int, names=("x", "weight", "bias")
+) -> None:
+    first = names[0]
     if not x.is_cuda:
-        raise ValueError(f"{name}: x is on {x.device}; expected a GPU")
-    _check_tensor(f"{name}: x", x, x.device, DTYPES)
+        raise ValueError(f"{name}: {first} is on {x.device}; expected a GPU")
+    _check_tensor(f"{name}: {first}", x, x.device, DTYPES)
     if channels < 1:
-        raise ValueError(f"{name}: x is {tuple(x.shape)}; expected at least one channel")
-    for what, tensor in (("weight", weight), ("bias", bias)):
+        raise ValueError(f"{name}: {first} is {tuple(x.shape)}; expected at least one channel")
+    for what, tensor in zip(names[1:], (weight, bias)):
         _check_tensor(f"{name}: {what}", tensor, x.device, (torch.float32,))
         if tensor.shape != (channels,):
-            raise ValueError(f"{name}: {what} is {tuple(tensor.shape)}; expected ({channels},), x's channels")
+            raise ValueError(
+                f"{name}: {what} is {tuple(tensor.shape)}; expected ({channels},), {first}'s channels"
+            )
 
 
 def _check_tensor(name: str, tensor: Tensor, device: torch.device, dtypes: tuple) -> None:

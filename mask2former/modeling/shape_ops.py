@@ -42,7 +42,7 @@ def resize_like(x: Tensor, reference: Tensor) -> Tensor:
 
 
 def expand_batch_like(x: Tensor, reference: Tensor) -> Tensor:
-    """(1, ...) -> (B, ...), the batch of reference (B, ...)."""
+    """(1 or B, ...) -> (B, ...), the batch of reference (B, ...)."""
     return x.expand(reference.shape[0], *x.shape[1:])
 
 

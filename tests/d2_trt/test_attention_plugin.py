@@ -92,7 +92,9 @@ def test_decoder_with_our_plugin_stays_near_pytorch(registered, shapes, monkeypa
         for i in range(3)
         for kind, module in (("cross", "multihead_attn"), ("self", "self_attn"))
     ]
-    kinds = [row["kind"] for row in network.precisions() if "attention_layers" in row["name"]]
+    # Queries of the first layer are the same for all images, and are repeated for the batch.
+    rows = [row for row in network.precisions() if "cross_attention_layers.0" not in row["name"]]
+    kinds = [row["kind"] for row in rows if "attention_layers" in row["name"]]
     assert not {"SOFTMAX", "SELECT", "SLICE"} & set(kinds)
     # In half precision, but for the mask embedding.
     for layer in layers:
@@ -101,6 +103,31 @@ def test_decoder_with_our_plugin_stays_near_pytorch(registered, shapes, monkeypa
         assert layer.get_output(0).dtype.name == "HALF"
     for shape in (TRACED, *OTHERS, (1, 3, 64, 64)) if shapes is DYNAMIC else (TRACED,):
         assert max(errors(network, decoder, shape)) < 0.02, shape
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("shapes", [DYNAMIC, STATIC], ids=["dynamic", "static"])
+def test_what_depends_on_weights_alone_is_constant(registered, shapes, precision, monkeypatch):  # noqa: F811
+    if precision == "bf16" and not compat.strongly_typed():
+        pytest.skip("bfloat16 needs TensorRT 10")
+    decoder = Decoder()
+    network = trace(registered, builder.Core(decoder), with_attention(shapes, precision), monkeypatch)
+    half = {"fp16": "HALF", "bf16": "BF16"}[precision]
+    for i, layer in enumerate(attention_layers(network)):
+        constant = {1: half, **({0: half, 4: "FLOAT"} if i == 0 else {})}
+        for index, wanted in constant.items():
+            source = layer.get_input(index)._producer
+            if index != 1 and shapes is DYNAMIC:  # repeated for the batch
+                assert source._type == "SLICE"
+                source = source.get_input(0)._producer
+            assert source._type == "CONSTANT" and source.get_output(0).dtype.name == wanted, (i, index)
+    casts = [row["name"] for row in network.precisions() if row["kind"] == "CAST"]
+    layers = {layer.name: layer for layer in network._layers}
+    assert not [name for name in casts if network._is_constant(layers[name].get_input(0))]
+    # Norm and mask embedding of the queries after each layer, and none of those before the first.
+    modules = [f"{PREDICTOR}.mask_embed.layers.2", f"{PREDICTOR}.decoder_norm"]
+    kinds = [(row["name"].split(":")[0], row["kind"]) for row in network.precisions()]
+    assert kinds.count((modules[0], "MATRIX_MULTIPLY")) == kinds.count((modules[1], "NORMALIZATION")) == 3
 
 
 def test_mask_features_are_read_as_the_convolution_leaves_them(registered, monkeypatch):  # noqa: F811

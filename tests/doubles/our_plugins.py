@@ -192,6 +192,29 @@ class GroupNorm(OurPlugin):
         return out.relu() if self.fields["relu"] else out
 
 
+class NormalizeImages(OurPlugin):
+    """Inputs: images (B, C, H, W), mean (C), std (C)."""
+
+    NAME = "D2TRTNormalizeImages"
+    FIELDS: ClassVar = {"out_type": int, "channels": int}
+
+    def possible(self):
+        return self._is_type("out_type") and 1 <= self.fields["channels"] <= 1024
+
+    def input_types(self):
+        return ["FLOAT"] * 3
+
+    def output_types(self):
+        return [TYPE_NAMES[self.fields["out_type"]]]
+
+    def compute(self, images, mean, std):
+        if [t.dim() for t in (images, mean, std)] != [4, 1, 1]:
+            raise Refused("ranks must be 4, 1, 1")
+        if not images.shape[1] == len(mean) == len(std) == self.fields["channels"]:
+            raise Refused(f"images {tuple(images.shape)}, {len(mean)} means, {len(std)} deviations")
+        return (images - mean[:, None, None]) / std[:, None, None]
+
+
 class WindowAttention(OurPlugin):
     """Inputs: qkv (B, H, W, 3 * C), its bias (3 * C), relative position bias (heads, 2 * window - 1, 2 * window - 1)."""
 
@@ -281,5 +304,14 @@ class MaskProduct(OurPlugin):
         return (embed @ features.flatten(2)).unflatten(2, features.shape[2:])
 
 
-KINDS = (Attention, GroupNorm, LayerNorm, LevelMaskFeatures, MaskProduct, MsDeformAttn, WindowAttention)
+KINDS = (
+    Attention,
+    GroupNorm,
+    LayerNorm,
+    LevelMaskFeatures,
+    MaskProduct,
+    MsDeformAttn,
+    NormalizeImages,
+    WindowAttention,
+)
 OUR_PLUGINS = {cls.NAME: cls for cls in KINDS}

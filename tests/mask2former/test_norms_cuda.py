@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from mask2former import kernels
-from mask2former.modeling.norms_cuda import group_norm, layer_norm
+from mask2former.modeling.norms_cuda import group_norm, layer_norm, normalize_images
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = [F32, F16, BF16]
@@ -233,6 +233,79 @@ def test_group_norm_of_no_images():
     assert group_norm(x, 4, torch.ones(32).cuda(), torch.zeros(32).cuda()).shape == (0, 32, 8, 16)
 
 
+def random_images(*shape):
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).mul(255).round().cuda()
+    mean = torch.linspace(103.53, 123.675, shape[1]).cuda()
+    std = torch.linspace(57.375, 58.395, shape[1]).cuda()
+    return images, mean, std
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((1, 3, 800, 1088), (0, 3, 4, 8)),
+        ((3, 3, 33, 47), (0, 3, 4, 8)),
+        ((2, 1, 1, 1), (0, 1, 4, 8)),
+        ((2, 4, 7, 1025), (0, 4, 8)),
+        ((2, 6, 5, 8), (0, 6, 8)),
+        ((2, 8, 5, 3), (0, 8)),
+        ((1, 9, 5, 3), (0,)),
+    ],
+    ids=str,
+)
+def test_images_are_normalised_to_pytorchs_bits(shape, strides, dtype):
+    images, mean, std = random_images(*shape)
+    expected = ((images - mean[:, None, None]) / std[:, None, None]).to(dtype)
+    for stride in strides:
+        out = normalize_images(images, mean, std, dtype, stride)
+        assert out.dtype == dtype
+        if stride:
+            assert out.shape == (shape[0], *shape[2:], stride) and not out[..., shape[1] :].any()
+            out = out[..., : shape[1]].permute(0, 3, 1, 2)
+        assert torch.equal(out, expected), stride
+
+
+@gpu
+def test_pixels_that_are_their_mean_become_zeros():
+    images, mean, std = random_images(2, 3, 40, 48)
+    images[:, :, 30:, :] = mean[:, None, None]
+    for stride in (0, 3, 4, 8):
+        for dtype in DTYPES:
+            out = normalize_images(images, mean, std, dtype, stride)
+            assert not (out[:, 30:] if stride else out[:, :, 30:]).any()
+
+
+@gpu
+def test_unaligned_images_and_none():
+    images, mean, std = random_images(2, 3, 16, 24)
+    for stride in (0, 4, 8):
+        out = normalize_images(unaligned(images), unaligned(mean), std, F16, stride)
+        assert torch.equal(out, normalize_images(images, mean, std, F16, stride))
+    assert normalize_images(images[:0], mean, std).shape == (0, 3, 16, 24)
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"std": torch.ones(2)}, r"std is \(2,\); expected \(3,\), images's channels"),
+        ({"mean": torch.ones(3, dtype=F16)}, "mean is torch.float16; expected torch.float32"),
+        ({"images": torch.ones(1, 3, 4, 4, dtype=F16)}, "images are torch.float16; expected torch.float32"),
+        ({"images": torch.ones(3, 4, 4)}, r"3 dimensions; expected \(B, C, H, W\)"),
+        ({"pixel_stride": 2}, "2 elements from pixel to pixel for 3 channels; expected 0, 4 or 8"),
+        ({"pixel_stride": 16}, "16 elements from pixel to pixel for 3 channels"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_normalize_images_refuses(change, message):
+    given = {"images": torch.ones(1, 3, 4, 4), "mean": torch.ones(3), "std": torch.ones(3), **change}
+    given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    with pytest.raises(ValueError, match=message):
+        normalize_images(**given)
+
+
 @gpu
 def test_workspace_for_the_largest_map_suffices_for_all():
     workspace = kernels.load().group_norm_workspace
@@ -280,3 +353,5 @@ def test_tensors_on_the_cpu_are_refused():
         layer_norm(x, ones, ones)
     with pytest.raises(ValueError, match="x is on cpu; expected a GPU"):
         group_norm(x[..., None, None], 2, ones, ones)
+    with pytest.raises(ValueError, match="images is on cpu; expected a GPU"):
+        normalize_images(x[..., None, None], ones, ones)

@@ -144,6 +144,19 @@ def test_norm_of_our_plugin_rounds_as_its_norm_says():
             assert torch.equal(net.core(x), mixed)
 
 
+def test_images_that_our_plugin_normalises_are_rounded_once():
+    mean, std = torch.tensor(123.675), torch.tensor(58.395)
+    net = Net(lambda net, x: fused_ops.normalize_images(x, mean, std))
+    x = torch.rand(2, 6) * 255
+    exact = net.core(x)
+    with emulated(net, lambda name: True, HALF, ["normalization"]):
+        assert torch.equal(net.core(x), half(exact))
+    with emulated(net, lambda name: True, HALF):
+        assert not torch.equal(net.core(x), half(exact))
+    with emulated(net, lambda name: False, HALF, ["normalization"]):
+        assert torch.equal(net.core(x), exact)
+
+
 def test_overflow_shows():
     out, _, _ = run(lambda net, x: x * 1e6)
     assert out.isinf().all()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import fused_ops
+from .. import fused_ops, shape_ops
 from . import attention_core
 
 
@@ -58,11 +58,14 @@ class MaskedCrossAttention(MultiHeadAttention):
         mask_embed: Tensor,
         mask_features: Tensor,
     ) -> Tensor:
-        """x (B, Q, C), pos (1, Q, C) -> (B, Q, C); the others as in attention_core.masked_attention."""
+        """x (B or 1, Q, C), mask_embed (B or 1, Q, mask_dim), pos (1, Q, C) -> (B, Q, C); the others as in
+        attention_core.masked_attention.
+        """
         channels = self.in_proj_weight.shape[1]
         weight = self.in_proj_weight[:channels]
         q_pos = F.linear(pos, weight)  # the same for every image
         q = F.linear(x, weight, self.in_proj_bias[:channels])
+        q, mask_embed = (shape_ops.expand_batch_like(t, keys) for t in (q, mask_embed))
         out = attention_core.masked_attention(
             q, q_pos, keys, values, part, mask_embed, mask_features, self.num_heads
         )
@@ -140,9 +143,10 @@ class CrossAttentionLayer(nn.Module):
         mask_embed: Tensor,
         mask_features: Tensor,
     ) -> Tensor:
-        """(B, Q, C) -> (B, Q, C); query_pos (1, Q, C); the others as in attention_core.masked_attention."""
+        """(B or 1, Q, C) -> (B, Q, C); the others as in MaskedCrossAttention."""
         x = self.norm(queries) if self.pre_norm else queries
         update = self.multihead_attn(x, query_pos, keys, values, part, mask_embed, mask_features)
+        queries = shape_ops.expand_batch_like(queries, update)
         if self.pre_norm:
             return queries + update
         return fused_ops.residual_layer_norm(queries, update, self.norm)

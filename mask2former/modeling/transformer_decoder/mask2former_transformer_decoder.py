@@ -144,7 +144,8 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             )
 
         query_pos = self.query_embed.weight[None]
-        queries = shape_ops.expand_batch_like(self.query_feat.weight[None], mask_features)  # (B, Q, C)
+        # (1, Q, C) until the first layer: what depends on weights alone is the same for every image.
+        queries = self.query_feat.weight[None]
 
         aux_outputs = []
         for i in range(self.num_layers):
@@ -167,7 +168,9 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         return outputs
 
     def _predict(self, normed: Tensor, mask_embed: Tensor, mask_features: Tensor) -> dict:
+        """normed and mask_embed (B or 1, Q, C), mask_features (B, mask_dim, H/4, W/4)."""
+        mask_embed = shape_ops.expand_batch_like(mask_embed, mask_features)
         return {
-            "pred_logits": self.class_embed(normed),
+            "pred_logits": shape_ops.expand_batch_like(self.class_embed(normed), mask_features),
             "pred_masks": attention_core.mask_product(mask_embed, mask_features),
         }
