@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -77,13 +78,16 @@ def row_folder(work: str, row: Mapping) -> str:
     """Where a row's evaluation writes, in the tool's --work."""
     size = f"{row['min_size']}-{row['max_size']}"
     name = f"{row['dataset']}_{size}_batch{row['batch']}_{row['backend']}_{row['precision']}"
+    if row["overrides"]:
+        name += "_" + hashlib.sha256(row["overrides"].encode()).hexdigest()[:8]
     return os.path.join(work, row["checkpoint"], name)
 
 
 def standard_error_columns(row: Mapping, reference: Mapping | None, work: str) -> dict[str, float | str]:
     """Columns se_*, in points: the standard errors of d_*, for the choice of the images.
 
-    Empty where the counts of single images that they are made of are not in `work`, or are of another measurement.
+    Empty where the counts of single images that they are made of are not in `work`, or do not give the rows' metrics: those
+    of another measurement, and mIoU by detectron2 0.5 where it counts a class that is predicted and in no image.
     """
     columns: dict[str, float | str] = {f"se_{name}": "" for name in LIMITED}
     if reference is None or is_reference(row):

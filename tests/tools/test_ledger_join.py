@@ -300,3 +300,14 @@ def test_error_stands_behind_the_difference():
 )
 def test_engines_keys_are_told_from_the_others(overrides, kept):
     assert without_engine_keys(overrides) == kept
+
+
+def test_processes_that_differ_in_any_override_write_to_folders_of_their_own():
+    rows = [
+        row_of(),
+        row_of(overrides="A.B 1"),
+        row_of(overrides="A.B 2"),
+        row_of(batch="4"),
+        row_of(dataset="e"),
+    ]
+    assert len({row_folder("work", row) for row in rows}) == len(rows)
