@@ -39,7 +39,7 @@ ATTENTION = Plugin("D2TRTAttention", "1", "ATTENTION")
 LEVEL_MASK_FEATURES = Plugin("D2TRTLevelMaskFeatures", "1", "ATTENTION")
 MASK_PRODUCT = Plugin("D2TRTMaskProduct", "1", "ATTENTION")
 WINDOW_ATTENTION = Plugin("D2TRTWindowAttention", "1", "ATTENTION")
-MSDA = Plugin("D2TRTMSDeformAttn", "1", "MSDA")
+MSDA = Plugin("D2TRTMSDeformAttn", "2", "MSDA")
 LAYER_NORM = Plugin("D2TRTLayerNorm", "1", "NORMALIZATION")
 GROUP_NORM = Plugin("D2TRTGroupNorm", "1", "NORMALIZATION")
 # All that the library registers: csrc/trt_plugin/plugins.h has the same list.

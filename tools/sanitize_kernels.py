@@ -145,6 +145,15 @@ def ms_deform_attn(kernels: ModuleType, gpu: Gpu) -> None:
         for dtype, sampling in [(d, s) for d in DTYPES for s in sorted({d, "float32"})]:
             tensors = (as_dtype(value, dtype), as_dtype(offsets, sampling), as_dtype(logits, sampling))
             addresses = [gpu.put(t) for t in tensors]
+            # Both as columns of one tensor, as the TensorRT plugin has them.
+            rows = [t.reshape(batch, pixels, -1) for t in tensors[1:]]
+            joined = np.concatenate(rows, 2)
+            both = gpu.put(joined)
+            in_columns = [addresses[0], both, both + rows[0].shape[2] * joined.itemsize]
+            strides = [
+                {"offsets_stride": rows[0].shape[2], "logits_stride": rows[1].shape[2]},
+                dict.fromkeys(("offsets_stride", "logits_stride"), joined.shape[2]),
+            ]
             sizes = np.array(levels, np.int32)
             common = {
                 "value_dtype": dtype,
@@ -155,18 +164,20 @@ def ms_deform_attn(kernels: ModuleType, gpu: Gpu) -> None:
                 "points": points,
                 "stream": 0,
             }
-            out = gpu.out("ms_deform_attn", tensors[0].nbytes)
-            kernels.ms_deform_attn(*addresses, out, level_sizes=list(levels), **common)
-            for wrong in (0, 1):  # sizes that do not hold the pixels make NaN of all
-                out = gpu.out("ms_deform_attn_device_levels", tensors[0].nbytes)
-                kernels.ms_deform_attn_device_levels(
-                    *addresses,
-                    out,
-                    level_sizes=gpu.put(sizes + wrong),
-                    levels=len(levels),
-                    pixels=pixels,
-                    **common,
-                )
+            for inputs, stride in zip((addresses, in_columns), strides):
+                out = gpu.out("ms_deform_attn", tensors[0].nbytes)
+                kernels.ms_deform_attn(*inputs, out, level_sizes=list(levels), **common, **stride)
+                for wrong in (0, 1):  # sizes that do not hold the pixels make NaN of all
+                    out = gpu.out("ms_deform_attn_device_levels", tensors[0].nbytes)
+                    kernels.ms_deform_attn_device_levels(
+                        *inputs,
+                        out,
+                        level_sizes=gpu.put(sizes + wrong),
+                        levels=len(levels),
+                        pixels=pixels,
+                        **common,
+                        **stride,
+                    )
             gpu.finish()
 
 

@@ -49,7 +49,10 @@ class OurPlugin:
 
 
 class MsDeformAttn(OurPlugin):
+    """Inputs: value (B, S, heads, D), sampling (B, S, heads * levels * points * 3), level sizes (levels, 2)."""
+
     NAME = "D2TRTMSDeformAttn"
+    VERSION = "2"
     FIELDS: ClassVar = {"value_type": int, "sampling_type": int}
 
     def possible(self):
@@ -57,23 +60,25 @@ class MsDeformAttn(OurPlugin):
         return self._is_type("value_type", "sampling_type") and sampling in (0, value)
 
     def input_types(self):
-        sampling = TYPE_NAMES[self.fields["sampling_type"]]
-        return [TYPE_NAMES[self.fields["value_type"]], sampling, sampling, "INT32"]
+        return [TYPE_NAMES[self.fields[name]] for name in ("value_type", "sampling_type")] + ["INT32"]
 
     def output_types(self):
         return [TYPE_NAMES[self.fields["value_type"]]]
 
-    def compute(self, value, offsets, logits, sizes):
-        if [x.dim() for x in (value, offsets, logits, sizes)] != [4, 6, 4, 2]:
-            raise Refused("ranks must be 4, 6, 4, 2")
-        levels, points = offsets.shape[3:5]
-        same = value.shape[:3]
-        if offsets.shape != (*same, levels, points, 2) or logits.shape != (*same, levels * points):
-            raise Refused(f"offsets and logits for a value of {tuple(value.shape)}")
+    def compute(self, value, sampling, sizes):
+        if [x.dim() for x in (value, sampling, sizes)] != [4, 3, 2]:
+            raise Refused("ranks must be 4, 3, 2")
+        heads, levels = value.shape[2], len(sizes)
+        points, rest = divmod(sampling.shape[2], 3 * heads * levels)
+        if sampling.shape[:2] != value.shape[:2] or rest:
+            raise Refused(f"sampling {tuple(sampling.shape)} for a value of {tuple(value.shape)}")
         shapes = [tuple(size) for size in sizes.tolist()]
-        if len(shapes) != levels or sum(h * w for h, w in shapes) != value.shape[1]:
+        if sum(h * w for h, w in shapes) != value.shape[1]:
             raise Refused(f"levels {shapes} in {value.shape[1]} rows")
         return ms_deform_attn_reference(value, offsets, logits, shapes)
+        offsets, logits = sampling.split([sampling.shape[2] // 3 * 2, sampling.shape[2] // 3], 2)
+        offsets = offsets.unflatten(2, (heads, levels, points, 2))
+        logits = logits.unflatten(2, (heads, levels * points))
 
 
 class Attention(OurPlugin):
