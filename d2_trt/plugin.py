@@ -40,7 +40,7 @@ LEVEL_MASK_FEATURES = Plugin("D2TRTLevelMaskFeatures", "1", "ATTENTION")
 MASK_PRODUCT = Plugin("D2TRTMaskProduct", "1", "ATTENTION")
 WINDOW_ATTENTION = Plugin("D2TRTWindowAttention", "1", "ATTENTION")
 MSDA = Plugin("D2TRTMSDeformAttn", "2", "MSDA")
-LAYER_NORM = Plugin("D2TRTLayerNorm", "1", "NORMALIZATION")
+LAYER_NORM = Plugin("D2TRTLayerNorm", "2", "NORMALIZATION")
 GROUP_NORM = Plugin("D2TRTGroupNorm", "1", "NORMALIZATION")
 # All that the library registers: csrc/trt_plugin/plugins.h has the same list.
 PLUGINS = (ATTENTION, GROUP_NORM, LAYER_NORM, LEVEL_MASK_FEATURES, MASK_PRODUCT, MSDA, WINDOW_ATTENTION)

@@ -248,14 +248,24 @@ def normalization(kernels: ModuleType, gpu: Gpu) -> None:
             rng.standard_normal((2, channels)).astype(np.float32),
         )
         for x_dtype, out_dtype in types:
-            for residual in (False, True):
+            for residual, position in ((False, False), (True, False), (True, True)):
                 at = gpu.put(as_dtype(x, x_dtype))
+                size = rows * channels * (4 if out_dtype == "float32" else 2)
+                added = {}
+                if position:
+                    repeated = rows // 2 if rows % 2 == 0 else rows  # of two images, or of one
+                    added = {
+                        "position": gpu.put(as_dtype(x[:repeated], x_dtype)),
+                        "sum": gpu.out("layer_norm with positions", size),
+                        "position_dtype": x_dtype,
+                        "position_rows": repeated,
+                    }
                 kernels.layer_norm(
                     at,
                     gpu.put(as_dtype(x, x_dtype)) if residual else 0,
                     gpu.put(affine[0]),
                     gpu.put(affine[1]),
-                    gpu.out("layer_norm", rows * channels * (4 if out_dtype == "float32" else 2)),
+                    gpu.out("layer_norm", size),
                     x_dtype=x_dtype,
                     residual_dtype=x_dtype,
                     out_dtype=out_dtype,
@@ -263,6 +273,7 @@ def normalization(kernels: ModuleType, gpu: Gpu) -> None:
                     channels=channels,
                     epsilon=1e-5,
                     stream=0,
+                    **added,
                 )
                 gpu.finish()
     for channels, pixels, groups in ((256, 63, 32), (64, 1500, 4), (6, 7, 3), (256, 4000, 32)):

@@ -108,9 +108,13 @@ class Graph:
         missing = (rank or 0) - len(out.shape)
         return self.reshape(out, [1] * missing + self.sizes(out)) if missing > 0 else out
 
-    def constant(self, value: torch.Tensor):
-        """A constant; floating values become float32, which `emit` casts where a layer computes in another type."""
+    def constant(self, value: torch.Tensor, dtype: torch.dtype = torch.float32):
+        """A constant; floating values become `dtype`, which `emit` casts where a layer computes in another type."""
         value = value.detach().cpu()
+        if value.is_floating_point() and dtype != torch.float32:
+            result = self.network.add_constant(tuple(value.shape), self._weights(value, dtype)).get_output(0)
+            self._told_types[result.name] = self.dtype(dtype)
+            return result
         if value.is_floating_point():
             array = value.float().numpy()
         elif value.dtype == torch.bool:
@@ -123,7 +127,10 @@ class Graph:
 
     def weights(self, value: torch.Tensor, dtype: torch.dtype):
         """Weights of a layer, in the type that it computes in where networks are strongly typed."""
-        value = value.detach().cpu().to(dtype if self.strong else torch.float32).contiguous()
+        return self._weights(value, dtype if self.strong else torch.float32)
+
+    def _weights(self, value: torch.Tensor, dtype: torch.dtype):
+        value = value.detach().cpu().to(dtype).contiguous()
         self._alive.append(value)
         if value.dtype == torch.bfloat16:  # numpy has no such type
             return self.trt.Weights(self.dtype(value.dtype), value.data_ptr(), value.numel())
@@ -171,10 +178,12 @@ class Graph:
         return result
 
     def plugin(self, kind, inputs: list, fields: Mapping[str, torch.dtype | int | float], out: torch.dtype):
-        """Add one of our plugins, see plugin.add_layer, and return its output, which is of type `out`."""
-        result = plugin.add_layer(self.network, kind, inputs, fields).get_output(0)
-        self._told_types[result.name] = self.dtype(out)
-        return result
+        """Add one of our plugins, see plugin.add_layer, and return its output, or a list of several, of type `out`."""
+        layer = plugin.add_layer(self.network, kind, inputs, fields)
+        results = [layer.get_output(i) for i in range(layer.num_outputs)]
+        for result in results:
+            self._told_types[result.name] = self.dtype(out)
+        return results if len(results) > 1 else results[0]
 
     def cast(self, tensor, dtype: torch.dtype):
         """The tensor in another type."""

@@ -75,10 +75,10 @@ class MsDeformAttn(OurPlugin):
         shapes = [tuple(size) for size in sizes.tolist()]
         if sum(h * w for h, w in shapes) != value.shape[1]:
             raise Refused(f"levels {shapes} in {value.shape[1]} rows")
-        return ms_deform_attn_reference(value, offsets, logits, shapes)
         offsets, logits = sampling.split([sampling.shape[2] // 3 * 2, sampling.shape[2] // 3], 2)
         offsets = offsets.unflatten(2, (heads, levels, points, 2))
         logits = logits.unflatten(2, (heads, levels * points))
+        return ms_deform_attn_reference(value, offsets, logits, shapes)
 
 
 class Attention(OurPlugin):
@@ -125,27 +125,37 @@ class Attention(OurPlugin):
 
 
 class LayerNorm(OurPlugin):
-    """Inputs: x (..., C), weight (C), bias (C), and a residual of x's shape where residual_type is not -1."""
+    """Inputs: x (..., C), weight (C), bias (C); where their types are not -1, a residual of x's shape, and a position of
+    x's shape but for its first dimension, which is 1. With a position there is a second output: the first one plus that.
+    """
 
     NAME = "D2TRTLayerNorm"
-    FIELDS: ClassVar = {"x_type": int, "residual_type": int, "out_type": int, "epsilon": float}
+    VERSION = "2"
+    FIELDS: ClassVar = {
+        "x_type": int,
+        "residual_type": int,
+        "position_type": int,
+        "out_type": int,
+        "epsilon": float,
+    }
 
     @property
-    def _added(self) -> bool:
-        return self.fields["residual_type"] != -1
+    def _added(self) -> list[str]:
+        return [name for name in ("residual_type", "position_type") if self.fields[name] != -1]
 
     def possible(self):
-        types = ["x_type", "out_type"] + ["residual_type"] * self._added
-        return self._is_type(*types) and self.fields["epsilon"] >= 0
+        return self._is_type("x_type", "out_type", *self._added) and self.fields["epsilon"] >= 0
 
     def input_types(self):
         types = [TYPE_NAMES[self.fields["x_type"]], "FLOAT", "FLOAT"]
-        return [*types, TYPE_NAMES[self.fields["residual_type"]]] if self._added else types
+        return types + [TYPE_NAMES[self.fields[name]] for name in self._added]
 
     def output_types(self):
-        return [TYPE_NAMES[self.fields["out_type"]]]
+        return [TYPE_NAMES[self.fields["out_type"]]] * (1 + ("position_type" in self._added))
 
-    def compute(self, x, weight, bias, residual=None):
+    def compute(self, x, weight, bias, *added):
+        given = dict(zip(self._added, added))
+        residual, position = given.get("residual_type"), given.get("position_type")
         channels = x.shape[-1] if x.dim() else 0
         if weight.shape != (channels,) or bias.shape != (channels,):
             raise Refused(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} for x {tuple(x.shape)}")
@@ -153,7 +163,12 @@ class LayerNorm(OurPlugin):
             if residual.shape != x.shape:
                 raise Refused(f"a residual {tuple(residual.shape)} for x {tuple(x.shape)}")
             x = x + residual
-        return F.layer_norm(x, (channels,), weight, bias, self.fields["epsilon"])
+        out = F.layer_norm(x, (channels,), weight, bias, self.fields["epsilon"])
+        if position is None:
+            return out
+        if x.dim() < 2 or position.shape != (1, *x.shape[1:]):
+            raise Refused(f"a position {tuple(position.shape)} for x {tuple(x.shape)}")
+        return out, out + position
 
 
 class GroupNorm(OurPlugin):
