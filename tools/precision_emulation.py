@@ -117,7 +117,8 @@ def emulated(
             ]
         if "normalization" in plugins:
             wrapped += [
-                (fused_ops, name, rounding.norm) for name in ("residual_layer_norm", "group_norm_relu")
+                (fused_ops, name, rounding.norm)
+                for name in ("residual_layer_norm", "residual_layer_norm_and_position", "group_norm_relu")
             ]
             wrapped.append((fused_ops, "normalize_images", rounding.images))
         for module, name, wrapper in wrapped:
@@ -161,17 +162,18 @@ class _Rounding(TorchFunctionMode):
             self._plugin(original, *(x if i == embedding else self._round(x) for i, x in enumerate(args)))
         )
 
-    def norm(self, original: Callable, *args) -> Tensor:
-        """fused_ops' functions by our plugin: what comes is taken as it is, and the norm's precision is the output's."""
+    def norm(self, original: Callable, *args) -> Tensor | tuple[Tensor, ...]:
+        """fused_ops' functions by our plugin: what comes is taken as it is, and the norm's precision is the outputs'."""
         out = self._plugin(original, *args)
-        return self._round(out) if self._low(self._stack.path(args[-1])) else out
+        norm = next(arg for arg in args if isinstance(arg, nn.Module))
+        return tree_map(self._round, out) if self._low(self._stack.path(norm)) else out
 
     def images(self, original: Callable, *args) -> Tensor:
         """The images' normalisation by our plugin: in float32, whatever the output is."""
         out = self._plugin(original, *args)
         return self._round(out) if self._low(self._stack.name) else out
 
-    def _plugin(self, original: Callable, *args) -> Tensor:
+    def _plugin(self, original: Callable, *args) -> Tensor | tuple[Tensor, ...]:
         self._in_plugin = True
         try:
             return original(*args)

@@ -145,6 +145,15 @@ def ms_deform_attn(kernels: ModuleType, gpu: Gpu) -> None:
         for dtype, sampling in [(d, s) for d in DTYPES for s in sorted({d, "float32"})]:
             tensors = (as_dtype(value, dtype), as_dtype(offsets, sampling), as_dtype(logits, sampling))
             addresses = [gpu.put(t) for t in tensors]
+            # Both as columns of one tensor, as the TensorRT plugin has them.
+            rows = [t.reshape(batch, pixels, -1) for t in tensors[1:]]
+            joined = np.concatenate(rows, 2)
+            both = gpu.put(joined)
+            in_columns = [addresses[0], both, both + rows[0].shape[2] * joined.itemsize]
+            strides = [
+                {"offsets_stride": rows[0].shape[2], "logits_stride": rows[1].shape[2]},
+                dict.fromkeys(("offsets_stride", "logits_stride"), joined.shape[2]),
+            ]
             sizes = np.array(levels, np.int32)
             common = {
                 "value_dtype": dtype,
@@ -155,18 +164,20 @@ def ms_deform_attn(kernels: ModuleType, gpu: Gpu) -> None:
                 "points": points,
                 "stream": 0,
             }
-            out = gpu.out("ms_deform_attn", tensors[0].nbytes)
-            kernels.ms_deform_attn(*addresses, out, level_sizes=list(levels), **common)
-            for wrong in (0, 1):  # sizes that do not hold the pixels make NaN of all
-                out = gpu.out("ms_deform_attn_device_levels", tensors[0].nbytes)
-                kernels.ms_deform_attn_device_levels(
-                    *addresses,
-                    out,
-                    level_sizes=gpu.put(sizes + wrong),
-                    levels=len(levels),
-                    pixels=pixels,
-                    **common,
-                )
+            for inputs, stride in zip((addresses, in_columns), strides):
+                out = gpu.out("ms_deform_attn", tensors[0].nbytes)
+                kernels.ms_deform_attn(*inputs, out, level_sizes=list(levels), **common, **stride)
+                for wrong in (0, 1):  # sizes that do not hold the pixels make NaN of all
+                    out = gpu.out("ms_deform_attn_device_levels", tensors[0].nbytes)
+                    kernels.ms_deform_attn_device_levels(
+                        *inputs,
+                        out,
+                        level_sizes=gpu.put(sizes + wrong),
+                        levels=len(levels),
+                        pixels=pixels,
+                        **common,
+                        **stride,
+                    )
             gpu.finish()
 
 
@@ -237,14 +248,24 @@ def normalization(kernels: ModuleType, gpu: Gpu) -> None:
             rng.standard_normal((2, channels)).astype(np.float32),
         )
         for x_dtype, out_dtype in types:
-            for residual in (False, True):
+            for residual, position in ((False, False), (True, False), (True, True)):
                 at = gpu.put(as_dtype(x, x_dtype))
+                size = rows * channels * (4 if out_dtype == "float32" else 2)
+                added = {}
+                if position:
+                    repeated = rows // 2 if rows % 2 == 0 else rows  # of two images, or of one
+                    added = {
+                        "position": gpu.put(as_dtype(x[:repeated], x_dtype)),
+                        "sum": gpu.out("layer_norm with positions", size),
+                        "position_dtype": x_dtype,
+                        "position_rows": repeated,
+                    }
                 kernels.layer_norm(
                     at,
                     gpu.put(as_dtype(x, x_dtype)) if residual else 0,
                     gpu.put(affine[0]),
                     gpu.put(affine[1]),
-                    gpu.out("layer_norm", rows * channels * (4 if out_dtype == "float32" else 2)),
+                    gpu.out("layer_norm", size),
                     x_dtype=x_dtype,
                     residual_dtype=x_dtype,
                     out_dtype=out_dtype,
@@ -252,6 +273,7 @@ def normalization(kernels: ModuleType, gpu: Gpu) -> None:
                     channels=channels,
                     epsilon=1e-5,
                     stream=0,
+                    **added,
                 )
                 gpu.finish()
     for channels, pixels, groups in ((256, 63, 32), (64, 1500, 4), (6, 7, 3), (256, 4000, 32)):

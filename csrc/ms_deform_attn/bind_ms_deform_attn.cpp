@@ -27,7 +27,8 @@ MsDeformAttnTensors tensors_of(
 }
 
 MsDeformAttnSizes sizes_of(
-    std::int64_t batch, std::int64_t pixels, std::int64_t heads, std::int64_t dim, std::int64_t levels, std::int64_t points) {
+    std::int64_t batch, std::int64_t pixels, std::int64_t heads, std::int64_t dim, std::int64_t levels, std::int64_t points,
+    std::int64_t offsets_stride, std::int64_t logits_stride) {
     MsDeformAttnSizes sizes;
     sizes.batch = batch;
     sizes.pixels = pixels;
@@ -35,13 +36,16 @@ MsDeformAttnSizes sizes_of(
     sizes.dim = dim;
     sizes.levels = levels;
     sizes.points = points;
+    sizes.offsets_stride = offsets_stride;
+    sizes.logits_stride = logits_stride;
     return sizes;
 }
 
 void forward(
     std::uintptr_t value, std::uintptr_t offsets, std::uintptr_t logits, std::uintptr_t out, std::string const& value_dtype,
     std::string const& sampling_dtype, std::int64_t batch, std::int64_t heads, std::int64_t dim, std::int64_t points,
-    std::vector<std::array<std::int64_t, 2>> const& level_sizes, std::uintptr_t stream) {
+    std::int64_t offsets_stride, std::int64_t logits_stride, std::vector<std::array<std::int64_t, 2>> const& level_sizes,
+    std::uintptr_t stream) {
     require(
         !level_sizes.empty() && level_sizes.size() <= kMaxLevels, "ms_deform_attn: ", level_sizes.size(),
         " levels; expected 1 to ", kMaxLevels);
@@ -60,18 +64,20 @@ void forward(
     }
     ms_deform_attn(
         tensors_of(value, offsets, logits, out, value_dtype, sampling_dtype),
-        sizes_of(batch, pixels, heads, dim, static_cast<std::int64_t>(level_sizes.size()), points), narrow,
-        reinterpret_cast<cudaStream_t>(stream));
+        sizes_of(
+            batch, pixels, heads, dim, static_cast<std::int64_t>(level_sizes.size()), points, offsets_stride, logits_stride),
+        narrow, reinterpret_cast<cudaStream_t>(stream));
 }
 
 void forward_device_levels(
     std::uintptr_t value, std::uintptr_t offsets, std::uintptr_t logits, std::uintptr_t out, std::string const& value_dtype,
     std::string const& sampling_dtype, std::int64_t batch, std::int64_t pixels, std::int64_t heads, std::int64_t dim,
-    std::int64_t levels, std::int64_t points, std::uintptr_t level_sizes, std::uintptr_t stream) {
+    std::int64_t levels, std::int64_t points, std::int64_t offsets_stride, std::int64_t logits_stride,
+    std::uintptr_t level_sizes, std::uintptr_t stream) {
     ms_deform_attn_device_levels(
         tensors_of(value, offsets, logits, out, value_dtype, sampling_dtype),
-        sizes_of(batch, pixels, heads, dim, levels, points), reinterpret_cast<std::int32_t const*>(level_sizes),
-        reinterpret_cast<cudaStream_t>(stream));
+        sizes_of(batch, pixels, heads, dim, levels, points, offsets_stride, logits_stride),
+        reinterpret_cast<std::int32_t const*>(level_sizes), reinterpret_cast<cudaStream_t>(stream));
 }
 
 }  // namespace
@@ -82,14 +88,14 @@ void bind_ms_deform_attn(py::module_& module) {
     module.def(
         "ms_deform_attn", &forward, py::arg("value"), py::arg("offsets"), py::arg("logits"), py::arg("out"),
         py::kw_only(), py::arg("value_dtype"), py::arg("sampling_dtype"), py::arg("batch"), py::arg("heads"),
-        py::arg("dim"), py::arg("points"), py::arg("level_sizes"), py::arg("stream"),
-        py::call_guard<py::gil_scoped_release>(),
+        py::arg("dim"), py::arg("points"), py::arg("offsets_stride"), py::arg("logits_stride"), py::arg("level_sizes"),
+        py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
         "Multi-scale deformable attention, see ms_deform_attn.h. Tensors are addresses on the stream's device.");
     module.def(
         "ms_deform_attn_device_levels", &forward_device_levels, py::arg("value"), py::arg("offsets"), py::arg("logits"),
         py::arg("out"), py::kw_only(), py::arg("value_dtype"), py::arg("sampling_dtype"), py::arg("batch"),
-        py::arg("pixels"), py::arg("heads"), py::arg("dim"), py::arg("levels"), py::arg("points"), py::arg("level_sizes"),
-        py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+        py::arg("pixels"), py::arg("heads"), py::arg("dim"), py::arg("levels"), py::arg("points"), py::arg("offsets_stride"),
+        py::arg("logits_stride"), py::arg("level_sizes"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
         "The same with level sizes in device memory, as the TensorRT plugin has them.");
 }
 

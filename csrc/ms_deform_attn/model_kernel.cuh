@@ -36,6 +36,7 @@ struct Problem {
     std::int32_t const* device_levels;  // (3, 2), or null: then `sizes`
     std::int32_t sizes[kLevels][2];
     std::int32_t pixels, batch;
+    std::uint32_t offsets_stride, logits_stride;  // between pixels: in pairs (x, y), and in logits
 };
 
 // A sample, as phase one leaves it to phase two: its share of the sum, where it lies between four pixels, and the first of
@@ -255,12 +256,14 @@ __global__ void __launch_bounds__(Choice<T>::kWarps * 32, 1) kernel(__grid_const
         Level const& level = plan.level[at];
         int const x = min(x0 + row_query % kUnitWidth, level.width - 1);
         int const y = min(y0 + row_query / kUnitWidth, level.height - 1);
-        int const index = (level.start + y * level.width + x) * kHeads + group * kUnitHeads + row_head;
-        std::size_t const first = (image * image_rows + index) * kSamples + point;
+        std::size_t const pixel = static_cast<std::size_t>(image) * problem.pixels + (level.start + y * level.width + x);
+        int const first = (group * kUnitHeads + row_head) * kSamples + point;
+        S const* const logits = static_cast<S const*>(problem.logits) + pixel * problem.logits_stride + first;
+        Two const* const offsets = static_cast<Two const*>(problem.offsets) + pixel * problem.offsets_stride + first;
 #pragma unroll
         for (int l = 0; l < kLevels; ++l) {
-            raw_logits[l] = __ldg(static_cast<S const*>(problem.logits) + first + l * kPoints);
-            raw_offsets[l] = __ldg(static_cast<Two const*>(problem.offsets) + first + l * kPoints);
+            raw_logits[l] = __ldg(logits + l * kPoints);
+            raw_offsets[l] = __ldg(offsets + l * kPoints);
         }
     };
 

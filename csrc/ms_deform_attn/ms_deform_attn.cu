@@ -24,6 +24,7 @@ struct Problem {
     std::int32_t const* device_levels;  // (levels, 2), or null: then `sizes`
     std::int32_t sizes[kMaxLevels][2];
     std::int32_t levels, points, heads, dim, pixels;
+    std::int64_t offsets_stride, logits_stride;  // between pixels
     std::int32_t tile_width_log2, tile_height_log2;
 };
 
@@ -67,8 +68,9 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) ms_deform_attn_kernel
     }
     __syncthreads();
 
-    std::int64_t const image = static_cast<std::int64_t>(blockIdx.y) * problem.pixels * problem.heads;
-    T* const out = static_cast<T*>(problem.out) + image * problem.dim;
+    std::int64_t const image = static_cast<std::int64_t>(blockIdx.y) * problem.pixels;
+    std::int64_t const image_values = image * problem.heads * problem.dim;
+    T* const out = static_cast<T*>(problem.out) + image_values;
     if (tiles < 0) {
         std::int64_t const size = static_cast<std::int64_t>(problem.pixels) * problem.heads * problem.dim;
         std::int64_t const step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
@@ -77,9 +79,9 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) ms_deform_attn_kernel
         }
         return;
     }
-    T const* const value = static_cast<T const*>(problem.value) + image * problem.dim;
-    S const* const offsets = static_cast<S const*>(problem.offsets) + image * count * 2;
-    S const* const logits = static_cast<S const*>(problem.logits) + image * count;
+    T const* const value = static_cast<T const*>(problem.value) + image_values;
+    S const* const offsets = static_cast<S const*>(problem.offsets) + image * problem.offsets_stride;
+    S const* const logits = static_cast<S const*>(problem.logits) + image * problem.logits_stride;
     std::uint32_t const pixel_bytes = static_cast<std::uint32_t>(problem.heads) * problem.dim * sizeof(T);
 
     // The host launches as many blocks as there is work where it knows the levels, else about as many.
@@ -103,11 +105,11 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) ms_deform_attn_kernel
         int const x = (tile % columns << problem.tile_width_log2) + (slot & ((1 << problem.tile_width_log2) - 1));
         int const y = (tile / columns << problem.tile_height_log2) + (slot >> problem.tile_width_log2);
         if (x >= level.width || y >= level.height) continue;
-        std::int64_t const row =
-            (static_cast<std::int64_t>(level.start) + y * level.width + x) * problem.heads + head;
+        std::int64_t const pixel = static_cast<std::int64_t>(level.start) + y * level.width + x;
+        std::int64_t const row = pixel * problem.heads + head;
 
-        S const* const row_logits = logits + row * count;
-        S const* const row_offsets = offsets + row * count * 2;
+        S const* const row_logits = logits + pixel * problem.logits_stride + head * count;
+        S const* const row_offsets = offsets + pixel * problem.offsets_stride + head * count * 2;
         float highest = -INFINITY;
         for (int i = lane; i < count; i += kLanes) highest = fmaxf(highest, to_float(row_logits[i]));
 #pragma unroll
@@ -218,7 +220,7 @@ void launch_lanes(Problem const& problem, std::int64_t batch, cudaStream_t strea
 bool model_kernel_takes(Problem const& problem, DType sampling_type) {
     return problem.heads == model_kernel::kHeads && problem.dim == model_kernel::kDim &&
            problem.levels == model_kernel::kLevels && problem.points == model_kernel::kPoints &&
-           problem.pixels <= model_kernel::kMaxPixels &&
+           problem.pixels <= model_kernel::kMaxPixels && problem.offsets_stride % 2 == 0 &&
            reinterpret_cast<std::uintptr_t>(problem.offsets) % (2 * size_of(sampling_type)) == 0;
 }
 
@@ -236,6 +238,8 @@ void launch_model_kernel(Problem const& problem, std::int64_t batch, cudaStream_
     }
     given.pixels = problem.pixels;
     given.batch = static_cast<std::int32_t>(batch);
+    given.offsets_stride = static_cast<std::uint32_t>(problem.offsets_stride / 2);
+    given.logits_stride = static_cast<std::uint32_t>(problem.logits_stride);
     int device = 0, multiprocessors = 0;
     check_cuda(cudaGetDevice(&device), "ms_deform_attn");
     check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "ms_deform_attn");
@@ -267,6 +271,11 @@ void run(
     require(
         s.heads <= limit / std::max<std::int64_t>(s.pixels, 1) && s.dim <= limit / 4 / s.heads, "ms_deform_attn: ", s.pixels,
         " pixels, ", s.heads, " heads of ", s.dim, " channels; pixels * heads and 4 * heads * channels must stay below 2^31");
+    std::int64_t const samples = s.heads * s.levels * s.points;
+    require(
+        s.offsets_stride >= 2 * samples && s.logits_stride >= samples && std::max(s.offsets_stride, s.logits_stride) <= limit,
+        "ms_deform_attn: ", s.offsets_stride, " and ", s.logits_stride, " elements between the offsets and logits of pixels, which "
+        "have ", 2 * samples, " and ", samples, "; expected no fewer, and less than 2^31");
     require(
         t.sampling_type == DType::kFloat32 || t.sampling_type == t.value_type,
         "ms_deform_attn: offsets and logits must be float32 or of the value's type");
@@ -303,6 +312,8 @@ void run(
     problem.heads = static_cast<std::int32_t>(s.heads);
     problem.dim = static_cast<std::int32_t>(s.dim);
     problem.pixels = static_cast<std::int32_t>(s.pixels);
+    problem.offsets_stride = s.offsets_stride;
+    problem.logits_stride = s.logits_stride;
     switch (t.value_type) {
         case DType::kFloat32: return launch_types<float>(problem, t.sampling_type, s.batch, stream);
         case DType::kFloat16: return launch_types<__half>(problem, t.sampling_type, s.batch, stream);

@@ -21,9 +21,13 @@ struct MsDeformAttnSizes {
     std::int64_t dim = 0;  // D, channels of a head
     std::int64_t levels = 0;
     std::int64_t points = 0;  // of a level
+    // Elements from the offsets or logits of one pixel to those of the next, of the next image after the last: more than a
+    // pixel has where they are columns of a wider tensor.
+    std::int64_t offsets_stride = 0;
+    std::int64_t logits_stride = 0;
 };
 
-// All in device memory, C-contiguous, none overlapping `out`.
+// All in device memory, C-contiguous but for these strides, none overlapping `out`.
 struct MsDeformAttnTensors {
     void const* value = nullptr;    // (B, S, heads, D), value_type, aligned to 16 bytes
     void const* offsets = nullptr;  // (B, S, heads, levels, points, 2), sampling_type: (x, y) in pixels of the level sampled

@@ -10,7 +10,8 @@ namespace {
 void bound_layer_norm(
     std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out,
     std::string const& x_dtype, std::string const& residual_dtype, std::string const& out_dtype, std::int64_t rows,
-    std::int64_t channels, float epsilon, std::uintptr_t stream) {
+    std::int64_t channels, float epsilon, std::uintptr_t stream, std::uintptr_t position, std::uintptr_t sum,
+    std::string const& position_dtype, std::int64_t position_rows) {
     LayerNormTensors t;
     t.x = reinterpret_cast<void const*>(x);
     t.residual = reinterpret_cast<void const*>(residual);
@@ -20,6 +21,10 @@ void bound_layer_norm(
     t.x_type = dtype_from_name(x_dtype, "layer_norm: x");
     t.residual_type = dtype_from_name(residual_dtype, "layer_norm: residual");
     t.out_type = dtype_from_name(out_dtype, "layer_norm: out");
+    t.position = reinterpret_cast<void const*>(position);
+    t.sum = reinterpret_cast<void*>(sum);
+    t.position_type = dtype_from_name(position_dtype, "layer_norm: position");
+    t.position_rows = position_rows;
     layer_norm(t, rows, channels, epsilon, reinterpret_cast<cudaStream_t>(stream));
 }
 
@@ -73,8 +78,10 @@ void bind_normalization(py::module_& module) {
     module.def(
         "layer_norm", &bound_layer_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
         py::arg("out"), py::kw_only(), py::arg("x_dtype"), py::arg("residual_dtype"), py::arg("out_dtype"), py::arg("rows"),
-        py::arg("channels"), py::arg("epsilon"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
-        "LayerNorm of rows, see normalization.h. Tensors are addresses on the stream's device; residual may be 0.");
+        py::arg("channels"), py::arg("epsilon"), py::arg("stream"), py::arg("position") = 0, py::arg("sum") = 0,
+        py::arg("position_dtype") = "float32", py::arg("position_rows") = 0, py::call_guard<py::gil_scoped_release>(),
+        "LayerNorm of rows, see normalization.h. Tensors are addresses on the stream's device; residual, position and sum may "
+        "be 0.");
     module.def(
         "group_norm_workspace",
         [](std::int64_t batch, std::int64_t channels, std::int64_t pixels, std::int64_t groups, bool channels_last) {

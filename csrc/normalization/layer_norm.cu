@@ -60,10 +60,16 @@ __device__ inline void load_sum(LayerNormTensors const& t, std::int64_t at, int 
     }
 }
 
-// Writes weight * normalized + bias of channels from `channel` on.
+// First element of a row's position.
+__device__ inline std::int64_t position_of(LayerNormTensors const& t, std::int64_t row, int channels) {
+    return t.position != nullptr ? row % t.position_rows * channels : 0;
+}
+
+// Writes weight * normalized + bias of channels from `channel` on, and where there is a position the same with that added.
 template <bool kVector>
 __device__ inline void store_affine(
-    LayerNormTensors const& t, std::int64_t row_start, int channel, int count, float (&normalized)[kWide]) {
+    LayerNormTensors const& t, std::int64_t row_start, std::int64_t position_start, int channel, int count,
+    float (&normalized)[kWide]) {
     float weight[kWide], bias[kWide];
     if constexpr (kVector) {
         to_floats(load_raw(t.weight, channel, DType::kFloat32), DType::kFloat32, weight);
@@ -79,6 +85,20 @@ __device__ inline void store_affine(
     } else {
         store_some(t.out, row_start + channel, count, t.out_type, normalized);
     }
+    if (t.position == nullptr) return;
+    float position[kWide];
+    if constexpr (kVector) {
+        to_floats(load_raw(t.position, position_start + channel, t.position_type), t.position_type, position);
+    } else {
+        load_some(t.position, position_start + channel, count, t.position_type, position);
+    }
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) normalized[i] += position[i];
+    if constexpr (kVector) {
+        store_wide(t.sum, row_start + channel, t.out_type, normalized);
+    } else {
+        store_some(t.sum, row_start + channel, count, t.out_type, normalized);
+    }
 }
 
 __device__ inline int count_from(int channel, int channels) { return max(0, min(kWide, channels - channel)); }
@@ -89,7 +109,7 @@ __device__ inline int count_from(int channel, int channels) { return max(0, min(
 template <int kChunks, bool kVector, bool kHalf>
 __global__ void __launch_bounds__(kThreads) layer_norm_short(Arguments const given) {
     Arguments a = given;
-    if constexpr (kHalf) a.t.x_type = a.t.residual_type = a.t.out_type = DType::kFloat16;
+    if constexpr (kHalf) a.t.x_type = a.t.residual_type = a.t.out_type = a.t.position_type = DType::kFloat16;
     int const rows_at_once = kThreads / a.lanes;
     int const lane = threadIdx.x % a.lanes;
     std::int64_t const warp_row = static_cast<std::int64_t>(threadIdx.x / 32) * (32 / a.lanes);
@@ -140,12 +160,13 @@ __global__ void __launch_bounds__(kThreads) layer_norm_short(Arguments const giv
             }
         }
         float const scale = rsqrtf(sum_over(squares, a.lanes) * a.share + a.epsilon);
+        std::int64_t const position_start = position_of(a.t, row, a.channels);
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
             if (count[c] == 0) continue;
 #pragma unroll
             for (int i = 0; i < kWide; ++i) v[c][i] *= scale;
-            store_affine<kVector>(a.t, start, (c * a.lanes + lane) * kWide, count[c], v[c]);
+            store_affine<kVector>(a.t, start, position_start, (c * a.lanes + lane) * kWide, count[c], v[c]);
         }
     }
 }
@@ -165,7 +186,7 @@ __device__ inline float sum_over_block(float value) {
 template <bool kVector>
 __global__ void __launch_bounds__(kLongThreads) layer_norm_long(Arguments const a) {
     for (std::int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
-        std::int64_t const start = row * a.channels;
+        std::int64_t const start = row * a.channels, position_start = position_of(a.t, row, a.channels);
         float pivot = load_one(a.t.x, start, a.t.x_type);
         if (a.t.residual != nullptr) pivot += load_one(a.t.residual, start, a.t.residual_type);
         float v[kWide], sum = 0.0F, squares = 0.0F;
@@ -191,7 +212,7 @@ __global__ void __launch_bounds__(kLongThreads) layer_norm_long(Arguments const 
             load_sum<kVector>(a.t, start + channel, count, v);
 #pragma unroll
             for (int i = 0; i < kWide; ++i) v[i] = (v[i] - pivot - mean) * scale;
-            store_affine<kVector>(a.t, start, channel, count, v);
+            store_affine<kVector>(a.t, start, position_start, channel, count, v);
         }
     }
 }
@@ -242,10 +263,20 @@ void layer_norm(LayerNormTensors const& t, std::int64_t rows, std::int64_t chann
     require(
         reinterpret_cast<std::uintptr_t>(t.residual) % size_of(t.residual_type) == 0,
         "layer_norm: residual is not aligned to ", size_of(t.residual_type), " bytes");
+    require(
+        (t.position == nullptr) == (t.sum == nullptr), "layer_norm: a position without a sum, or a sum without a position");
+    if (t.position != nullptr) {
+        require(
+            t.position_rows >= 1 && rows % t.position_rows == 0, "layer_norm: ", t.position_rows, " rows of positions for ", rows,
+            " rows; expected a divisor of them");
+        require_aligned(reinterpret_cast<std::uintptr_t>(t.position), size_of(t.position_type), "layer_norm: position");
+        require_aligned(reinterpret_cast<std::uintptr_t>(t.sum), size_of(t.out_type), "layer_norm: sum");
+    }
     Arguments a{t, rows, static_cast<int>(channels), 32, epsilon, 1.0F / static_cast<float>(channels)};
     bool const half = t.x_type == DType::kFloat16 && t.out_type == DType::kFloat16 &&
-                      (t.residual == nullptr || t.residual_type == DType::kFloat16);
-    if (channels % kWide != 0 || !aligned_to_16(t.x, t.residual, t.weight, t.bias, t.out)) {
+                      (t.residual == nullptr || t.residual_type == DType::kFloat16) &&
+                      (t.position == nullptr || t.position_type == DType::kFloat16);
+    if (channels % kWide != 0 || !aligned_to_16(t.x, t.residual, t.weight, t.bias, t.out, t.position, t.sum)) {
         launch<false, false>(a, stream);
     } else if (half) {
         launch<true, true>(a, stream);

@@ -18,12 +18,17 @@ struct LayerNormTensors {
     float const* weight = nullptr;   // (channels)
     float const* bias = nullptr;     // (channels)
     void* out = nullptr;             // (rows, channels), out_type
+    void const* position = nullptr;  // null, or (position_rows, channels), position_type
+    void* sum = nullptr;             // null where position is, else (rows, channels), out_type
+    std::int64_t position_rows = 0;  // of which `rows` is a multiple: they repeat from image to image
     DType x_type = DType::kFloat32;
     DType residual_type = DType::kFloat32;
     DType out_type = DType::kFloat32;
+    DType position_type = DType::kFloat32;
 };
 
-// out = LayerNorm(x + residual) over the channels of each row (Ba et al. 2016); the sum and all statistics in float32.
+// out = LayerNorm(x + residual) over the channels of each row (Ba et al. 2016), and sum = the same + position; the sums and
+// all statistics in float32, each output rounded once.
 // Throws std::invalid_argument where sizes or alignments are not allowed, std::runtime_error where CUDA refuses.
 void layer_norm(LayerNormTensors const& tensors, std::int64_t rows, std::int64_t channels, float epsilon, cudaStream_t stream);
 

@@ -1,8 +1,9 @@
 // The TensorRT plugin of multi-scale deformable attention.
 //
-// Inputs, all LINEAR: value (B, S, heads, D); offsets (B, S, heads, levels, points, 2); logits (B, S, heads, levels *
-// points); level sizes (levels, 2) int32: height and width. Output: (B, S, heads * D), of value's type. The level sizes
-// are read on the device, so that one enqueue needs nothing from the host whatever the shapes.
+// Inputs, all LINEAR: value (B, S, heads, D); sampling (B, S, heads * levels * points * 3), of each pixel first all offsets
+// (heads, levels, points, 2), then all logits (heads, levels * points), as one linear layer gives both; level sizes (levels, 2)
+// int32: height and width. Output: (B, S, heads * D), of value's type. The level sizes are read on the device, so that one
+// enqueue needs nothing from the host whatever the shapes.
 #pragma once
 
 #include "ms_deform_attn/ms_deform_attn.h"
@@ -13,11 +14,11 @@ namespace d2_trt::plugin {
 // The types are fixed when the plugin is made: TensorRT then converts in front of it, and has no choice to time.
 struct MsDeformAttnPlugin {
     static constexpr char const* kName = "D2TRTMSDeformAttn";
-    static constexpr char const* kVersion = "1";
-    enum Tensor : int { kValue = 0, kOffsets = 1, kLogits = 2, kLevelSizes = 3, kInputs = 4, kTensors = 5 };
+    static constexpr char const* kVersion = "2";
+    enum Tensor : int { kValue = 0, kSampling = 1, kLevelSizes = 2, kInputs = 3, kTensors = 4 };
 
     std::int32_t value_type = 0;
-    std::int32_t sampling_type = 0;  // of offsets and logits: float32, or value_type
+    std::int32_t sampling_type = 0;  // float32, or value_type
 
     static std::array<Field<MsDeformAttnPlugin>, 2> fields() {
         return {{{"value_type", &MsDeformAttnPlugin::value_type}, {"sampling_type", &MsDeformAttnPlugin::sampling_type}}};
@@ -38,13 +39,12 @@ struct MsDeformAttnPlugin {
     bool supports(int at, nvinfer1::PluginTensorDesc const* tensors) const {
         if (at < 0 || at >= kTensors) return false;
         if (at == kLevelSizes) return is_linear(tensors[at], nvinfer1::DataType::kINT32);
-        bool const sampling = at == kOffsets || at == kLogits;
-        return is_linear(tensors[at], trt_type(sampling ? sampling_type : value_type));
+        return is_linear(tensors[at], trt_type(at == kSampling ? sampling_type : value_type));
     }
 
     void check_ranks(nvinfer1::Dims const* in) const {
-        constexpr std::int32_t kRanks[kInputs] = {4, 6, 4, 2};
-        constexpr char const* kNames[kInputs] = {"value", "offsets", "logits", "level sizes"};
+        constexpr std::int32_t kRanks[kInputs] = {4, 3, 2};
+        constexpr char const* kNames[kInputs] = {"value", "sampling", "level sizes"};
         for (int i = 0; i < kInputs; ++i) {
             require(in[i].nbDims == kRanks[i], kNames[i], " has ", in[i].nbDims, " dimensions; expected ", kRanks[i]);
         }
@@ -65,33 +65,34 @@ struct MsDeformAttnPlugin {
     void enqueue(
         nvinfer1::PluginTensorDesc const* in, nvinfer1::PluginTensorDesc const*, void const* const* inputs, void* const* outputs,
         void*, cudaStream_t stream) const {
-        nvinfer1::Dims const dims[kInputs] = {in[0].dims, in[1].dims, in[2].dims, in[3].dims};
+        nvinfer1::Dims const dims[kInputs] = {in[0].dims, in[1].dims, in[2].dims};
         check_ranks(dims);
         auto const& value = dims[kValue].d;
-        auto const& offsets = dims[kOffsets].d;
-        auto const& logits = dims[kLogits].d;
+        auto const& sampling = dims[kSampling].d;
+        auto const& levels = dims[kLevelSizes].d;
+        require(levels[0] >= 1 && levels[1] == 2, "level sizes are ", levels[0], "x", levels[1], "; expected levels x 2");
+        for (int i = 0; i < 2; ++i) {
+            require(
+                sampling[i] == value[i], "dimension ", i, " of value and sampling is ", value[i], " and ", sampling[i],
+                "; expected equal ones");
+        }
+        std::int64_t const of_a_point = std::int64_t{3} * value[2] * levels[0];
+        require(
+            of_a_point > 0 && sampling[2] % of_a_point == 0, "sampling has ", sampling[2], " channels for ", value[2],
+            " heads and ", levels[0], " levels; expected a multiple of ", of_a_point);
         MsDeformAttnSizes sizes;
         sizes.batch = value[0];
         sizes.pixels = value[1];
         sizes.heads = value[2];
         sizes.dim = value[3];
-        sizes.levels = offsets[3];
-        sizes.points = offsets[4];
-        for (int i = 0; i < 3; ++i) {
-            require(
-                offsets[i] == value[i] && logits[i] == value[i], "dimension ", i, " of value, offsets and logits is ", value[i],
-                ", ", offsets[i], " and ", logits[i], "; expected equal ones");
-        }
-        require(
-            offsets[5] == 2 && logits[3] == offsets[3] * offsets[4], "offsets end in ", offsets[3], "x", offsets[4], "x",
-            offsets[5], " and logits in ", logits[3], "; expected levels x points x 2 and levels * points");
-        require(
-            dims[kLevelSizes].d[0] == offsets[3] && dims[kLevelSizes].d[1] == 2, "level sizes are ", dims[kLevelSizes].d[0], "x",
-            dims[kLevelSizes].d[1], "; expected ", offsets[3], "x2");
+        sizes.levels = levels[0];
+        sizes.points = sampling[2] / of_a_point;
+        sizes.offsets_stride = sizes.logits_stride = sampling[2];
         MsDeformAttnTensors tensors;
         tensors.value = inputs[kValue];
-        tensors.offsets = inputs[kOffsets];
-        tensors.logits = inputs[kLogits];
+        tensors.offsets = inputs[kSampling];
+        tensors.logits = static_cast<unsigned char const*>(inputs[kSampling]) +
+                         sampling[2] / 3 * 2 * size_of(static_cast<DType>(sampling_type));
         tensors.out = outputs[0];
         tensors.value_type = static_cast<DType>(value_type);
         tensors.sampling_type = static_cast<DType>(sampling_type);

@@ -9,7 +9,8 @@ import torch
 
 from .. import compat, plugin
 from ..errors import ConversionError
-from .registry import converts
+from .layers import linear
+from .registry import DECLINED, converts
 
 _F32 = {"compute": torch.float32, "out": torch.float32}
 # Sizes of a pyramid's levels as a tensor, by graph: all layers of the encoder share it.
@@ -22,7 +23,10 @@ def ms_deform_attn_core(g, result, module, value, sampling_offsets, attention_lo
     sizes = [(g.size(m, 2), g.size(m, 3)) for m in maps]
     value, offsets, logits = g.tensor(value), g.tensor(sampling_offsets), g.tensor(attention_logits)
     if g.msda == "plugin":
-        return _plugin(g, value, offsets, logits, sizes)
+        value_dtype, sampling_dtype = _plugin_types(g, g.current_module().removesuffix(".core"))
+        parts = [g.cast(t, sampling_dtype) for t in (offsets, logits)]
+        sampling = g.concat([g.reshape(t, [*g.sizes(t)[:2], -1]) for t in parts], 2)
+        return _plugin(g, value, sampling, sizes, value_dtype, sampling_dtype)
     weights = g.softmax(logits, -1, **_F32)
     locations = _locations(g, offsets, sizes)
     points = sampling_offsets.shape[4]
@@ -30,21 +34,48 @@ def ms_deform_attn_core(g, result, module, value, sampling_offsets, attention_lo
     return compute(g, value, locations, weights, sizes, points)
 
 
-def _plugin(g, value, offsets, logits, sizes):
-    """Our plugin, which computes in float32 whatever it is given.
+@converts("mask2former.modeling.pixel_decoder.ms_deform_attn.MSDeformAttn.forward")
+def ms_deform_attn(g, result, module, query, pixels, spatial_shapes):
+    """Offsets and logits by one linear layer, as our plugin takes them, where the policy has one type for both."""
+    offsets, logits = module.sampling_offsets, module.attention_weights
+    name = g.current_module()
+    dtypes = {g.compute_dtype(f"{name}.{part}") for part in ("sampling_offsets", "attention_weights")}
+    if g.msda != "plugin" or len(dtypes) > 1:
+        return DECLINED
+    value_dtype, sampling_dtype = _plugin_types(g, name)
+    with g.inside(module.value_proj):
+        value = linear(g, None, g.tensor(pixels), module.value_proj.weight, module.value_proj.bias)
+        value = g.reshape(value, [*g.sizes(value)[:2], module.n_heads, module.head_dim])
+    with g.inside(offsets):
+        weight, bias = (
+            torch.cat([getattr(part, k) for part in (offsets, logits)]) for k in ("weight", "bias")
+        )
+        sampling = linear(g, None, g.tensor(query), weight, bias)
+    with g.inside(module.core):
+        sizes = [(g.size(m, 2), g.size(m, 3)) for m in map(g.tensor, spatial_shapes.maps)]
+        out = _plugin(g, value, sampling, sizes, value_dtype, sampling_dtype)
+    with g.inside(module.output_proj):
+        return linear(g, None, out, module.output_proj.weight, module.output_proj.bias)
 
-    It takes each tensor in the type in which the linear layer before it gives it, as the precision policy says; float32 for
-    offsets and logits where those differ from the value's. So a cast would change no number, and casts there are none.
+
+def _plugin_types(g, module: str) -> tuple[torch.dtype, torch.dtype]:
+    """Types in which our plugin takes the value, and offsets and logits, in an MSDeformAttn.
+
+    It computes in float32 whatever it is given. It takes each tensor in the type in which the linear layer before it gives
+    it, as the precision policy says; float32 for offsets and logits where those differ from the value's. So a cast would
+    change no number, and casts there are none.
     """
-    module = g.current_module().removesuffix(".core")
     dtypes = {
         name: g.compute_dtype(f"{module}.{name}")
         for name in ("value_proj", "sampling_offsets", "attention_weights")
     }
     value_dtype = dtypes["value_proj"]
-    sampling_dtype = value_dtype if len(set(dtypes.values())) == 1 else torch.float32
-    offsets, logits = (g.cast(t, sampling_dtype) for t in (offsets, logits))
-    inputs = [g.cast(value, value_dtype), offsets, logits, _level_sizes(g, sizes)]
+    return value_dtype, value_dtype if len(set(dtypes.values())) == 1 else torch.float32
+
+
+def _plugin(g, value, sampling, sizes, value_dtype: torch.dtype, sampling_dtype: torch.dtype):
+    """value (B, S, heads, D); sampling (B, S, heads * levels * points * 3), each pixel's offsets, then its logits."""
+    inputs = [g.cast(value, value_dtype), g.cast(sampling, sampling_dtype), _level_sizes(g, sizes)]
     types = {"value_type": value_dtype, "sampling_type": sampling_dtype}
     return g.plugin(plugin.MSDA, inputs, types, value_dtype)
 

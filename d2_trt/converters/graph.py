@@ -189,10 +189,12 @@ class Graph:
         return result
 
     def plugin(self, kind, inputs: list, fields: Mapping[str, torch.dtype | int | float], out: torch.dtype):
-        """Add one of our plugins, see plugin.add_layer, and return its output, which is of type `out`."""
-        result = plugin.add_layer(self.network, kind, inputs, fields).get_output(0)
-        self._told_types[result.name] = self.dtype(out)
-        return result
+        """Add one of our plugins, see plugin.add_layer, and return its output, or a list of several, of type `out`."""
+        layer = plugin.add_layer(self.network, kind, inputs, fields)
+        results = [layer.get_output(i) for i in range(layer.num_outputs)]
+        for result in results:
+            self._told_types[result.name] = self.dtype(out)
+        return results if len(results) > 1 else results[0]
 
     def cast(self, tensor, dtype: torch.dtype):
         """The tensor in another type; one that depends on weights alone is made anew, so that the engine casts nothing."""

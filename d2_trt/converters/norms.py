@@ -5,6 +5,7 @@ layers.
 from __future__ import annotations
 
 import functools
+import weakref
 
 import torch
 
@@ -12,6 +13,9 @@ from .. import plugin
 from ..errors import ConversionError
 from .layers import affine
 from .registry import DECLINED, converts
+
+# Constant positions as tensors of the network, by graph: all layers of the encoder add the same.
+_positions_of: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @converts("torch.nn.functional.layer_norm", "torch.layer_norm")
@@ -28,6 +32,35 @@ def residual_layer_norm(g, result, x, update, norm):
     total = g.elementwise("SUM", x, update)
     with g.inside(norm):
         return _layer_norm(g, total, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+@converts("mask2former.modeling.fused_ops.residual_layer_norm_and_position")
+def residual_layer_norm_and_position(g, result, x, update, norm, position):
+    if g.normalization != "plugin":
+        out = residual_layer_norm(g, result, x, update, norm)
+        return out, add_position(g, result, out, position)
+    x, update = g.tensor(x), g.tensor(update)
+    with g.inside(norm):
+        added = (update, _position(g, position))
+        return _layer_norm(g, x, norm.normalized_shape, norm.weight, norm.bias, norm.eps, *added)
+
+
+@converts("mask2former.modeling.fused_ops.add_position")
+def add_position(g, result, x, position):
+    return g.elementwise("SUM", g.tensor(x), _position(g, position))
+
+
+def _position(g, position):
+    """Positions as they come. Constant ones get the type that the module computes in, which TensorRT would otherwise bring
+    them to in every call, and are one constant for all that add them.
+    """
+    if hasattr(position, "_trt"):
+        return position._trt
+    made, dtype = _positions_of.setdefault(g, {}), g.compute_dtype(g.current_module())
+    key = (id(position), dtype)
+    if key not in made:
+        made[key] = (position, g.constant(position, dtype))  # held, so that no other tensor gets its id
+    return made[key][1]
 
 
 @converts("torch.nn.functional.group_norm", "torch.group_norm")
@@ -53,7 +86,7 @@ def normalize_images(g, result, images, mean, std):
     return g.plugin(plugin.NORMALIZE_IMAGES, tensors, {"out_type": out, "channels": channels}, out)
 
 
-def _layer_norm(g, x, normalized_shape, weight, bias, eps: float, residual=None):
+def _layer_norm(g, x, normalized_shape, weight, bias, eps: float, residual=None, position=None):
     if len(normalized_shape) != 1:
         raise ConversionError(f"layer_norm over {len(normalized_shape)} dimensions has no converter")
     rank, channels = len(x.shape), normalized_shape[0]
@@ -62,10 +95,10 @@ def _layer_norm(g, x, normalized_shape, weight, bias, eps: float, residual=None)
     if g.normalization == "plugin":
         tensors = [x, g.constant(weight), g.constant(bias)]
         out = _out_type(g)
-        types = {"x_type": g.torch_dtype(x), "residual_type": -1, "out_type": out}
-        if residual is not None:
-            tensors.append(residual)
-            types["residual_type"] = g.torch_dtype(residual)
+        types = {"x_type": g.torch_dtype(x), "out_type": out}
+        for name, added in (("residual_type", residual), ("position_type", position)):
+            types[name] = -1 if added is None else g.torch_dtype(added)
+            tensors += [] if added is None else [added]
         return g.plugin(plugin.LAYER_NORM, tensors, {**types, "epsilon": float(eps)}, out)
     shape = (1,) * (rank - 1) + (channels,)
     scale, shift = g.constant(weight.reshape(shape)), g.constant(bias.reshape(shape))

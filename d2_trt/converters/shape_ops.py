@@ -141,7 +141,7 @@ def position_embedding_sine(g, result, module, x):
     t = g.tensor(x)
     height, width = g.size(t, 2), g.size(t, 3)
     if isinstance(height, int) and isinstance(width, int):
-        return None
+        return None  # a constant, and so is what the model makes of it alone
     f32 = {"compute": torch.float32, "out": torch.float32}
     feature = torch.arange(module.num_pos_feats, dtype=torch.float64)
     wavelength = module.temperature ** (

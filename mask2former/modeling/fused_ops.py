@@ -15,6 +15,19 @@ def residual_layer_norm(x: Tensor, update: Tensor, norm: nn.LayerNorm) -> Tensor
     return norm(x + update)
 
 
+def add_position(x: Tensor, position: Tensor) -> Tensor:
+    """x + position: (B, ..., C) and (1, ..., C) -> (B, ..., C)."""
+    return x + position
+
+
+def residual_layer_norm_and_position(
+    x: Tensor, update: Tensor, norm: nn.LayerNorm, position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y = norm(x + update), and y + position: (B, ..., C), (B, ..., C) and (1, ..., C) -> (B, ..., C) twice."""
+    out = norm(x + update)
+    return out, out + position
+
+
 def group_norm_relu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """relu(norm(x)): (B, C, H, W) -> (B, C, H, W)."""
     return F.relu(norm(x))

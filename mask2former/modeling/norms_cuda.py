@@ -21,17 +21,19 @@ def layer_norm(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """LayerNorm over the last dimension of x + residual; the sum and the statistics in float32.
+    position: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm over the last dimension of x + residual; sums and statistics in float32.
 
     Args:
         x: (..., C), of DTYPES, on a GPU.
         weight, bias: (C,) float32.
         residual: of x's shape and any of DTYPES, or None.
         out_dtype: by default x's.
+        position: (1, ..., C), x's shape but for the first dimension, of any of DTYPES, or None.
 
     Returns:
-        (..., C), contiguous.
+        (..., C), contiguous; with a position that, and the same plus the position, rounded once.
 
     Raises:
         KernelsMissing: the kernels are not built.
@@ -46,8 +48,22 @@ def layer_norm(
                 f"layer_norm: residual is {tuple(residual.shape)}; expected {tuple(x.shape)}, as x"
             )
         residual = residual.contiguous()
+    if position is not None:
+        _check_tensor("layer_norm: position", position, x.device, DTYPES)
+        if x.dim() < 2 or position.shape != (1, *x.shape[1:]):
+            raise ValueError(
+                f"layer_norm: position is {tuple(position.shape)}; expected {(1, *x.shape[1:])}, x's shape but for the "
+                "first of two or more dimensions"
+            )
+        position = position.contiguous()
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     out = torch.empty_like(x, dtype=_out_dtype("layer_norm", out_dtype or x.dtype))
+    added = {}
+    if position is not None:
+        total = torch.empty_like(out)
+        added = {"position": position.data_ptr(), "sum": total.data_ptr()}
+        added["position_dtype"] = kernels.dtype_name(position)
+        added["position_rows"] = position.numel() // channels
     with torch.cuda.device(x.device):
         kernels.load().layer_norm(
             x.data_ptr(),
@@ -62,8 +78,9 @@ def layer_norm(
             channels=channels,
             epsilon=eps,
             stream=kernels.stream_of(x),
+            **added,
         )
-    return out
+    return out if position is None else (out, total)
 
 
 def group_norm(

@@ -350,7 +350,7 @@ def test_plugin_is_taken_where_it_is_built(workshop, monkeypatch):
     backend = make_backend()
     entry = backend.entry(backend.options.shapes)  # not the stock plugin's
     made_by = entry.sidecar["ingredients"]["plugins"]
-    assert made_by["MSDA"] == "D2TRTMSDeformAttn 1"
+    assert made_by["MSDA"] == "D2TRTMSDeformAttn 2"
     # Every plugin's version counts.
     assert all(str(kind) in made_by[kind.option] for kind in plugin.PLUGINS)
     make_backend(MSDA="stock").prepare()

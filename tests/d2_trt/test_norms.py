@@ -16,6 +16,7 @@ from d2_trt import builder, compat, plugin
 from d2_trt.builder import BuildSpec
 from d2_trt.converters import Graph
 from mask2former.modeling import fused_ops
+from mask2former.modeling.transformer_decoder.position_encoding import PositionEmbeddingSine
 from tests.d2_trt.test_conversion import DYNAMIC, OTHERS, STATIC, TRACED, Wrapped, random_images, trace
 from tests.d2_trt.test_plugin import plugin_layers, real, registered  # noqa: F401
 from tests.doubles.fake_tensorrt import build_network
@@ -139,6 +140,94 @@ def test_model_in_half_precision_gives_the_plugins_half_precision(registered, mo
     assert not [row for row in casts if row["name"].split(":")[0] in ours]
 
 
+class Positioned(nn.Module):
+    """Norms as in the pixel decoder's encoder: each gives x, and x with the positions added, to what follows."""
+
+    def __init__(self, channels: int = 16, stride: int = 8):
+        super().__init__()
+        self.conv = nn.Conv2d(3, channels, 3, stride, padding=1)
+        self.pe_layer = PositionEmbeddingSine(channels // 2)
+        self.level_embed = nn.Parameter(torch.empty(channels))
+        self.linears = nn.ModuleList(nn.Linear(channels, channels) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2))
+        rng = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -0.5, 0.5, generator=rng)
+
+    def forward(self, images):
+        features = self.conv(images / 255)
+        position = self.pe_layer(features).flatten(2) + self.level_embed[None, :, None]
+        x, position = (t.transpose(1, 2) for t in (features.flatten(2), position))
+        query = x
+        for linear, norm in zip(self.linears, self.norms):
+            x, query = fused_ops.residual_layer_norm_and_position(x, linear(query), norm, position)
+        return x, query
+
+    core = forward
+
+
+@pytest.mark.parametrize("shapes", [DYNAMIC, STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize("normalization", ["plugin", "native"])
+def test_network_with_positions_equals_pytorch(registered, shapes, normalization, monkeypatch):  # noqa: F811
+    model = Positioned()
+    network = trace(registered, model, BuildSpec(**shapes, normalization=normalization), monkeypatch)
+    for shape in (TRACED, *OTHERS) if shapes is DYNAMIC else (TRACED,):
+        images = random_images(shape)
+        actual = network.evaluate({"images": images})
+        for out, expected in zip(actual.values(), model(images)):
+            assert out.shape == expected.shape and relative_error(out, expected) < 1e-5, shape
+    layers = plugin_layers(network)
+    assert [layer.num_outputs for layer in layers] == ([2, 2] if normalization == "plugin" else [])
+    assert len({layer.get_input(4).name for layer in layers}) == len(layers) // 2
+
+
+@pytest.mark.parametrize("shapes", [DYNAMIC, STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("precision", "pinned", "types"),
+    [
+        ("fp32", (), {"norms.0": "FFFFF", "norms.1": "FFFFF"}),
+        ("fp16", (), {"norms.0": "HHHHH", "norms.1": "HHHHH"}),
+        ("fp16", ("norms.0",), {"norms.0": "HH?FF", "norms.1": "FHHHH"}),
+        ("bf16", (), {"norms.0": "BBBBB", "norms.1": "BBBBB"}),
+    ],
+)
+def test_positions_have_the_type_of_the_sum(registered, shapes, precision, pinned, types, monkeypatch):  # noqa: F811
+    """types: of x, residual, position and both outputs. ?: constants are float32, what is computed is what it was told."""
+    if precision == "bf16" and not compat.strongly_typed():
+        pytest.skip("bfloat16 needs TensorRT 10")
+    pins = ("pe_layer", *pinned)
+    spec = BuildSpec(**shapes, normalization="plugin", precision=precision, fp32_modules=pins)
+    model = Positioned()
+    network = trace(registered, model, spec, monkeypatch)
+    for name, wanted in types.items():
+        layer = by_module(network)[name]
+        tensors = [*(layer.get_input(i) for i in (0, 3, 4)), *(layer.get_output(i) for i in range(2))]
+        given = "".join(tensor._kept_dtype.name[0] for tensor in tensors)
+        assert given == wanted.replace("?", "F" if shapes is STATIC else "H"), name
+        # A constant that TensorRT need not convert in every call.
+        kind = layer.get_input(4)._producer.type.name
+        assert (kind == "CONSTANT") == (shapes is STATIC)
+    casts = [row["name"].split(":")[0] for row in network.precisions() if row["kind"] == "CAST"]
+    assert not set(casts) & set(by_module(network))
+    images = random_images(TRACED)
+    for out, expected in zip(network.evaluate({"images": images}).values(), model(images)):
+        assert relative_error(out, expected) < {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}[precision]
+
+
+def test_encoder_adds_positions_once_by_itself(registered, monkeypatch):  # noqa: F811
+    """In front of its first layer; the norms do it for the others."""
+    model = mini_model("resnet50-mini").cpu()
+    plugins = {"normalization": "plugin", "msda": "plugin", "attention": "plugin"}
+    network = trace(registered, builder.Core(model), BuildSpec(**STATIC, **plugins), monkeypatch)
+    encoder = "model.sem_seg_head.pixel_decoder.transformer.encoder"
+    rows = [row["name"].split(":")[0] for row in network.precisions() if row["kind"] == "ELEMENTWISE"]
+    assert rows.count(encoder) == 1
+    layers = model.sem_seg_head.pixel_decoder.transformer.encoder.layers
+    assert not {f"{encoder}.layers.{i}" for i in range(len(layers))} & set(rows)
+    outputs = [by_module(network)[f"{encoder}.layers.{i}.norm2"].num_outputs for i in range(len(layers))]
+    assert outputs == [2] * (len(layers) - 1) + [1]
+
+
 VARIANTS = {
     "layer norm without weights": lambda x: F.layer_norm(x.transpose(1, 3), (3,)),
     "layer norm of one weight": lambda x: F.layer_norm(x.transpose(1, 3), (3,), torch.arange(3.0), None, 0.1),
@@ -230,7 +319,7 @@ def test_image_of_a_model_is_normalised_by_one_layer(registered, monkeypatch):  
 # What the plugins refuse
 
 IMAGES = {"out_type": F32, "channels": 3}
-LAYER = {"x_type": F32, "residual_type": -1, "out_type": F32, "epsilon": 1e-5}
+LAYER = {"x_type": F32, "residual_type": -1, "position_type": -1, "out_type": F32, "epsilon": 1e-5}
 GROUP = {"x_type": F32, "out_type": F32, "channels": 8, "groups": 2, "relu": 0, "epsilon": 1e-5}
 
 
@@ -253,6 +342,18 @@ def network_of(trt, kind, fields, *shapes):  # noqa: F811
             [(2, 8), (8,), (8,), (1, 8)],
             r"a residual \(1, 8\) for x \(2, 8\)",
         ),
+        (
+            plugin.LAYER_NORM,
+            {**LAYER, "position_type": F32},
+            [(2, 3, 8), (8,), (8,), (2, 3, 8)],
+            r"a position \(2, 3, 8\) for x \(2, 3, 8\)",
+        ),
+        (
+            plugin.LAYER_NORM,
+            {**LAYER, "position_type": F32},
+            [(2, 8), (8,), (8,)],
+            "3 inputs; D2TRTLayerNorm takes 4",
+        ),
         (plugin.GROUP_NORM, GROUP, [(2, 8, 3), (8,), (8,)], "ranks must be 4, 1, 1"),
         (plugin.GROUP_NORM, GROUP, [(2, 12, 3, 3), (12,), (12,)], "12 weights, 12 biases; made for 8"),
         (plugin.NORMALIZE_IMAGES, IMAGES, [(3, 4, 4), (3,), (3,)], "ranks must be 4, 1, 1"),
@@ -268,6 +369,7 @@ def test_shapes_that_do_not_fit_are_refused(registered, kind, fields, shapes, to
     ("kind", "fields"),
     [
         (plugin.LAYER_NORM, {**LAYER, "residual_type": 3}),
+        (plugin.LAYER_NORM, {**LAYER, "position_type": 3}),
         (plugin.LAYER_NORM, {**LAYER, "epsilon": -1.0}),
         (plugin.GROUP_NORM, {**GROUP, "groups": 3}),
         (plugin.GROUP_NORM, {**GROUP, "relu": 2}),
@@ -334,6 +436,28 @@ def test_real_engine_normalises_images_exactly(precision, shapes):
         exact = normalised.half().float() if precision == "fp16" else normalised
         assert torch.equal(actual[1], exact), shape
         assert relative_error(actual[0], convolved) < (1e-5 if precision == "fp32" else 2e-3), shape
+
+
+@real
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("shapes", [DYNAMIC, STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize("channels", [256, 20])
+def test_real_engine_with_positions_equals_pytorch(precision, shapes, channels):
+    from d2_trt.engine import Engine
+
+    model = Positioned(channels, stride=4).cuda()
+    spec = BuildSpec(
+        **shapes, normalization="plugin", precision=precision, fp32_modules=("pe_layer",), opt_level=3
+    )
+    plan, report, _ = builder.build_engine(model, spec, random_images(TRACED).cuda())
+    assert len(report.plugin_layers) == 2
+    engine = Engine(plan, torch.device("cuda"))
+    for shape in (TRACED, *OTHERS) if shapes is DYNAMIC else (TRACED,):
+        images = random_images(shape).cuda()
+        with torch.no_grad():
+            expected = model(images)
+        for actual, wanted in zip(engine(images), expected):
+            assert relative_error(actual, wanted) < (2e-3 if precision == "fp32" else 1e-2), shape
 
 
 @real

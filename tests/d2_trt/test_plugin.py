@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import types
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from tests.doubles.fake_tensorrt import build_network
 from tests.doubles.fixtures import trt_double as trt  # noqa: F401
 from tests.doubles.trt_api import Refused
 from tests.golden import MINI_MODELS, mini_model, relative_error
-from tests.mask2former.test_ms_deform_attn import definition, error
+from tests.mask2former.test_ms_deform_attn import definition, error, offsets_and_logits
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -61,24 +62,40 @@ def test_network_with_our_plugin_equals_pytorch(registered, model, monkeypatch):
     ours = [row["kind"] for row in network.precisions() if ".self_attn.core:" in row["name"]]
     assert not {"SOFTMAX", "ELEMENTWISE", "UNARY", "GATHER"} & set(ours)
     assert ours.count("SHUFFLE") == 1
-    assert len({layer.get_input(3).name for layer in layers}) == 1
+    assert len({layer.get_input(2).name for layer in layers}) == 1
+    # One product gives offsets and logits.
+    assert products(network) == dict.fromkeys(("value_proj", "sampling_offsets", "output_proj"), len(layers))
     for shape in (TRACED, *OTHERS, (1, 3, 64, 64)):
         assert max(errors(network, model, shape)) < 1e-4, shape
 
 
+def products(network) -> dict[str, int]:
+    """Matrix products of deformable attention, by the linear layer."""
+    rows = [row["name"].split(":")[0] for row in network.precisions() if row["kind"] == "MATRIX_MULTIPLY"]
+    return dict(
+        Counter(
+            name.rpartition(".")[2] for name in rows if ".encoder.layers." in name and "self_attn" in name
+        )
+    )
+
+
 @pytest.mark.parametrize(
-    ("precision", "pinned", "wanted"),
+    ("precision", "pinned", "wanted", "joined"),
     [
-        ("fp32", (), ["FLOAT"] * 3),
-        ("fp16", (), ["HALF"] * 3),
-        ("fp16", ("*.sampling_offsets",), ["HALF", "FLOAT", "FLOAT"]),
-        ("fp16", ("*.self_attn",), ["FLOAT"] * 3),
-        ("bf16", (), ["BF16"] * 3),
+        ("fp32", (), ["FLOAT"] * 2, True),
+        ("fp16", (), ["HALF"] * 2, True),
+        ("fp16", ("*.sampling_offsets",), ["HALF", "FLOAT"], False),
+        ("fp16", ("*.attention_weights",), ["HALF", "FLOAT"], False),
+        ("fp16", ("*.sampling_offsets", "*.attention_weights"), ["HALF", "FLOAT"], True),
+        ("fp16", ("*.value_proj",), ["FLOAT"] * 2, True),
+        ("fp16", ("*.self_attn",), ["FLOAT"] * 2, True),
+        ("bf16", (), ["BF16"] * 2, True),
     ],
 )
 def test_plugin_gets_the_types_that_the_policy_gives_its_neighbours(
-    registered, precision, pinned, wanted, monkeypatch
+    registered, precision, pinned, wanted, joined, monkeypatch
 ):
+    """wanted: types of value and sampling. joined: one product gives offsets and logits, which needs one type for both."""
     if precision == "bf16" and not compat.strongly_typed():
         pytest.skip("bfloat16 needs TensorRT 10")
     model = mini_model("resnet50-mini").cpu()  # noqa: F811
@@ -86,24 +103,32 @@ def test_plugin_gets_the_types_that_the_policy_gives_its_neighbours(
     spec = BuildSpec(**STATIC, msda="plugin", precision=precision, fp32_modules=pins)
     network = trace(registered, builder.Core(model), spec, monkeypatch)
     for layer in plugin_layers(network):
-        assert [layer.get_input(i)._kept_dtype.name for i in range(3)] == wanted
-        assert layer.get_input(3).dtype.name == "INT32"
+        assert [layer.get_input(i)._kept_dtype.name for i in range(2)] == wanted
+        assert layer.get_input(2).dtype.name == "INT32"
         assert layer.get_output(0).dtype.name == wanted[0]
+    assert ("attention_weights" not in products(network)) == joined
+    computed = {
+        row["name"].split(":")[0].rpartition(".")[2]: row["compute"]
+        for row in network.precisions()
+        if row["kind"] == "MATRIX_MULTIPLY" and ".self_attn." in row["name"]
+    }
+    for name in ("sampling_offsets", "attention_weights")[: 1 if joined else 2]:
+        low = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}[precision]
+        assert computed[name] == ("FLOAT" if {f"*.{name}", "*.self_attn"} & set(pinned) else low)
     assert max(errors(network, model, TRACED)) < (1e-4 if precision == "fp32" else 0.2)
 
 
 def small_network(trt, value_dtype=F32, sampling_dtype=F32, given=None):  # noqa: F811
-    """A network of one plugin layer over inputs, with fixed level sizes 2x3 and 1x2."""
+    """A network of one plugin layer over inputs, with fixed level sizes 2x3 and 1x2, 2 heads and 3 points."""
     network = build_network(trt)
     names = {F32: trt.float32, F16: trt.float16, BF16: getattr(trt, "bfloat16", trt.float16)}
     value = network.add_input("value", names[value_dtype], (1, 8, 2, 4))
-    offsets = network.add_input("offsets", names[given or sampling_dtype], (1, 8, 2, 2, 3, 2))
-    logits = network.add_input("logits", names[given or sampling_dtype], (1, 8, 2, 6))
+    sampling = network.add_input("sampling", names[given or sampling_dtype], (1, 8, 36))
     sizes = np.array([[2, 3], [1, 2]], np.int32)
     network._kept = sizes
     sizes = network.add_constant((2, 2), sizes).get_output(0)
     types = {"value_type": value_dtype, "sampling_type": sampling_dtype}
-    layer = plugin.add_layer(network, plugin.MSDA, [value, offsets, logits, sizes], types)
+    layer = plugin.add_layer(network, plugin.MSDA, [value, sampling, sizes], types)
     network.mark_output(layer.get_output(0))
     return network
 
@@ -120,14 +145,14 @@ def test_plugin_layer_computes_the_definition(registered, value, sampling):
     network = small_network(registered, value, sampling)
     network.check()
     rng = torch.Generator().manual_seed(0)
-    shapes = {"value": (1, 8, 2, 4), "offsets": (1, 8, 2, 2, 3, 2), "logits": (1, 8, 2, 6)}
     inputs = {
-        name: torch.randn(shape, generator=rng).to(value if name == "value" else sampling)
-        for name, shape in shapes.items()
+        "value": torch.randn(1, 8, 2, 4, generator=rng).to(value),
+        "sampling": torch.randn(1, 8, 36, generator=rng).to(sampling),
     }
     (out,) = network.evaluate(inputs).values()
     assert out.dtype == value
-    assert error(out, definition(*inputs.values(), ((2, 3), (1, 2)))) < (1e-5 if value == F32 else 1e-2)
+    wanted = definition(inputs["value"], *offsets_and_logits(inputs["sampling"], 2, 2, 3), ((2, 3), (1, 2)))
+    assert error(out, wanted) < (1e-5 if value == F32 else 1e-2)
 
 
 def test_strong_typing_takes_no_other_type_than_the_plugin_was_made_for(registered):
@@ -337,19 +362,16 @@ def build_plan(value_dtype, sampling_dtype) -> bytes:
         profile.set_shape(name, whole(low), whole(best), whole(high))
         return network.add_input(name, names[dtype], shape)
 
-    count = 2 * POINTS
+    channels = HEADS * 2 * POINTS * 3
     sizes = ((1, 1), (2, 120), (3, 480))
     value = add("value", value_dtype, (-1, -1, HEADS, DIM), *sizes)
-    offsets = add("offsets", sampling_dtype, (-1, -1, HEADS, 2, POINTS, 2), *sizes)
-    logits = add("logits", sampling_dtype, (-1, -1, HEADS, count), *sizes)
+    sampling = add("sampling", sampling_dtype, (-1, -1, channels), *sizes)
     maps = [add(f"map{i}", F32, (1, 1, -1, -1), *((n, n) for n in (1, 8, 32))) for i in range(2)]
     pairs = [(graph.size(m, 2), graph.size(m, 3)) for m in maps]
     from d2_trt.converters.deformable import _level_sizes
 
     types = {"value_type": value_dtype, "sampling_type": sampling_dtype}
-    layer = plugin.add_layer(
-        network, plugin.MSDA, [value, offsets, logits, _level_sizes(graph, pairs)], types
-    )
+    layer = plugin.add_layer(network, plugin.MSDA, [value, sampling, _level_sizes(graph, pairs)], types)
     out = layer.get_output(0)
     out.name = "out"
     network.mark_output(out)
@@ -388,13 +410,18 @@ class Runner:
 def real_inputs(shapes, batch, value_dtype, sampling_dtype) -> dict[str, torch.Tensor]:
     rng = torch.Generator().manual_seed(batch)
     pixels = sum(h * w for h, w in shapes)
+    sampling = torch.randn(batch, pixels, HEADS * 2 * POINTS * 3, generator=rng)
+    sampling[..., : HEADS * 2 * POINTS * 2] *= 4
     made = {
         "value": torch.randn(batch, pixels, HEADS, DIM, generator=rng).to(value_dtype),
-        "offsets": (torch.randn(batch, pixels, HEADS, 2, POINTS, 2, generator=rng) * 4).to(sampling_dtype),
-        "logits": torch.randn(batch, pixels, HEADS, 2 * POINTS, generator=rng).to(sampling_dtype),
+        "sampling": sampling.to(sampling_dtype),
     }
     maps = {f"map{i}": torch.zeros(1, 1, *shape) for i, shape in enumerate(shapes)}
     return {name: tensor.cuda() for name, tensor in {**made, **maps}.items()}
+
+
+def real_definition(inputs, shapes) -> torch.Tensor:
+    return definition(inputs["value"], *offsets_and_logits(inputs["sampling"], HEADS, 2, POINTS), shapes)
 
 
 @real
@@ -404,7 +431,7 @@ def test_real_plugin_equals_the_definition_at_every_shape(value, sampling):
     for shapes, batch in zip(PYRAMIDS, (2, 1, 3)):
         inputs = real_inputs(shapes, batch, value, sampling)
         out = run(inputs, value)
-        wanted = definition(*(inputs[n] for n in ("value", "offsets", "logits")), shapes)
+        wanted = real_definition(inputs, shapes)
         assert out.shape == wanted.shape
         assert error(out, wanted) < (2e-5 if value == F32 else 1e-3), shapes
 
@@ -430,7 +457,7 @@ from pathlib import Path
 from tests.d2_trt import test_plugin as t
 inputs = t.real_inputs(t.PYRAMIDS[0], 2, t.F32, t.F32)
 out = t.Runner(Path(sys.argv[1]).read_bytes())(inputs, t.F32)
-wanted = t.definition(*(inputs[n] for n in ("value", "offsets", "logits")), t.PYRAMIDS[0])
+wanted = t.real_definition(inputs, t.PYRAMIDS[0])
 assert t.error(out, wanted) < 2e-5
 print("same")
 """

@@ -49,7 +49,10 @@ class OurPlugin:
 
 
 class MsDeformAttn(OurPlugin):
+    """Inputs: value (B, S, heads, D), sampling (B, S, heads * levels * points * 3), level sizes (levels, 2)."""
+
     NAME = "D2TRTMSDeformAttn"
+    VERSION = "2"
     FIELDS: ClassVar = {"value_type": int, "sampling_type": int}
 
     def possible(self):
@@ -57,22 +60,24 @@ class MsDeformAttn(OurPlugin):
         return self._is_type("value_type", "sampling_type") and sampling in (0, value)
 
     def input_types(self):
-        sampling = TYPE_NAMES[self.fields["sampling_type"]]
-        return [TYPE_NAMES[self.fields["value_type"]], sampling, sampling, "INT32"]
+        return [TYPE_NAMES[self.fields[name]] for name in ("value_type", "sampling_type")] + ["INT32"]
 
     def output_types(self):
         return [TYPE_NAMES[self.fields["value_type"]]]
 
-    def compute(self, value, offsets, logits, sizes):
-        if [x.dim() for x in (value, offsets, logits, sizes)] != [4, 6, 4, 2]:
-            raise Refused("ranks must be 4, 6, 4, 2")
-        levels, points = offsets.shape[3:5]
-        same = value.shape[:3]
-        if offsets.shape != (*same, levels, points, 2) or logits.shape != (*same, levels * points):
-            raise Refused(f"offsets and logits for a value of {tuple(value.shape)}")
+    def compute(self, value, sampling, sizes):
+        if [x.dim() for x in (value, sampling, sizes)] != [4, 3, 2]:
+            raise Refused("ranks must be 4, 3, 2")
+        heads, levels = value.shape[2], len(sizes)
+        points, rest = divmod(sampling.shape[2], 3 * heads * levels)
+        if sampling.shape[:2] != value.shape[:2] or rest:
+            raise Refused(f"sampling {tuple(sampling.shape)} for a value of {tuple(value.shape)}")
         shapes = [tuple(size) for size in sizes.tolist()]
-        if len(shapes) != levels or sum(h * w for h, w in shapes) != value.shape[1]:
+        if sum(h * w for h, w in shapes) != value.shape[1]:
             raise Refused(f"levels {shapes} in {value.shape[1]} rows")
+        offsets, logits = sampling.split([sampling.shape[2] // 3 * 2, sampling.shape[2] // 3], 2)
+        offsets = offsets.unflatten(2, (heads, levels, points, 2))
+        logits = logits.unflatten(2, (heads, levels * points))
         return ms_deform_attn_reference(value, offsets, logits, shapes)
 
 
@@ -120,27 +125,37 @@ class Attention(OurPlugin):
 
 
 class LayerNorm(OurPlugin):
-    """Inputs: x (..., C), weight (C), bias (C), and a residual of x's shape where residual_type is not -1."""
+    """Inputs: x (..., C), weight (C), bias (C); where their types are not -1, a residual of x's shape, and a position of
+    x's shape but for its first dimension, which is 1. With a position there is a second output: the first one plus that.
+    """
 
     NAME = "D2TRTLayerNorm"
-    FIELDS: ClassVar = {"x_type": int, "residual_type": int, "out_type": int, "epsilon": float}
+    VERSION = "2"
+    FIELDS: ClassVar = {
+        "x_type": int,
+        "residual_type": int,
+        "position_type": int,
+        "out_type": int,
+        "epsilon": float,
+    }
 
     @property
-    def _added(self) -> bool:
-        return self.fields["residual_type"] != -1
+    def _added(self) -> list[str]:
+        return [name for name in ("residual_type", "position_type") if self.fields[name] != -1]
 
     def possible(self):
-        types = ["x_type", "out_type"] + ["residual_type"] * self._added
-        return self._is_type(*types) and self.fields["epsilon"] >= 0
+        return self._is_type("x_type", "out_type", *self._added) and self.fields["epsilon"] >= 0
 
     def input_types(self):
         types = [TYPE_NAMES[self.fields["x_type"]], "FLOAT", "FLOAT"]
-        return [*types, TYPE_NAMES[self.fields["residual_type"]]] if self._added else types
+        return types + [TYPE_NAMES[self.fields[name]] for name in self._added]
 
     def output_types(self):
-        return [TYPE_NAMES[self.fields["out_type"]]]
+        return [TYPE_NAMES[self.fields["out_type"]]] * (1 + ("position_type" in self._added))
 
-    def compute(self, x, weight, bias, residual=None):
+    def compute(self, x, weight, bias, *added):
+        given = dict(zip(self._added, added))
+        residual, position = given.get("residual_type"), given.get("position_type")
         channels = x.shape[-1] if x.dim() else 0
         if weight.shape != (channels,) or bias.shape != (channels,):
             raise Refused(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} for x {tuple(x.shape)}")
@@ -148,7 +163,12 @@ class LayerNorm(OurPlugin):
             if residual.shape != x.shape:
                 raise Refused(f"a residual {tuple(residual.shape)} for x {tuple(x.shape)}")
             x = x + residual
-        return F.layer_norm(x, (channels,), weight, bias, self.fields["epsilon"])
+        out = F.layer_norm(x, (channels,), weight, bias, self.fields["epsilon"])
+        if position is None:
+            return out
+        if x.dim() < 2 or position.shape != (1, *x.shape[1:]):
+            raise Refused(f"a position {tuple(position.shape)} for x {tuple(x.shape)}")
+        return out, out + position
 
 
 class GroupNorm(OurPlugin):

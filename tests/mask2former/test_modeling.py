@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from mask2former.modeling import shape_ops
 from mask2former.modeling.pixel_decoder import MSDeformAttnCore
+from mask2former.modeling.pixel_decoder.msdeformattn import MSDeformAttnTransformerEncoderOnly
 from mask2former.modeling.transformer_decoder import PositionEmbeddingSine, attention_core
 from mask2former.modeling.transformer_decoder.attention import (
     MaskedCrossAttention,
@@ -132,6 +133,27 @@ def test_deformable_attention_refuses_levels_that_do_not_fit():
     value = torch.randn(1, 7, 1, 2)
     with pytest.raises(ValueError, match="7 pixels"):
         MSDeformAttnCore()(value, torch.zeros(1, 7, 1, 1, 1, 2), torch.zeros(1, 7, 1, 1), ((2, 3),))
+
+
+def test_encoder_equals_its_definition_and_its_gradient():
+    """Deformable DETR's encoder layer: only the queries have the positions added."""
+    model = MSDeformAttnTransformerEncoderOnly(8, 2, 3, 16, 0.0, 2, 2).double()
+    for layer in model.encoder.layers:
+        torch.nn.init.normal_(layer.self_attn.sampling_offsets.weight, std=0.3)
+        torch.nn.init.normal_(layer.self_attn.attention_weights.weight)
+    x = torch.randn(2, 26, 8, dtype=torch.float64, requires_grad=True)
+    pos = torch.randn(1, 26, 8, dtype=torch.float64, requires_grad=True)
+    shapes = ((2, 3), (4, 5))
+    expected = x
+    for layer in model.encoder.layers:
+        expected = layer.norm1(expected + layer.self_attn(expected + pos, expected, shapes))
+        expected = layer.norm2(expected + layer.linear2(F.relu(layer.linear1(expected))))
+    actual = model.encoder(x, pos, shapes)
+    assert torch.equal(actual, expected)
+    inputs = (x, pos, *model.encoder.parameters())
+    gradients = [torch.autograd.grad(out.square().sum(), inputs) for out in (actual, expected)]
+    for a, e in zip(*gradients):
+        torch.testing.assert_close(a, e)
 
 
 def test_position_encoding_equals_its_definition():

@@ -58,6 +58,13 @@ def random_inputs(
     return value.to(device, dtype), offsets.to(device, sampling), logits.to(device, sampling)
 
 
+def offsets_and_logits(sampling, heads, levels, points) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of one tensor (B, S, heads * levels * points * 3) that has both, as our TensorRT plugin takes it."""
+    samples = heads * levels * points
+    offsets = sampling[..., : 2 * samples].unflatten(2, (heads, levels, points, 2))
+    return offsets, sampling[..., 2 * samples :].unflatten(2, (heads, levels * points))
+
+
 def definition(value, offsets, logits, shapes) -> torch.Tensor:
     """Deformable DETR's equation 3 in float64, by indexing: (B, S, heads * D)."""
     value, offsets, logits = (t.detach().double() for t in (value, offsets, logits))
@@ -156,6 +163,39 @@ def test_tensors_that_the_kernel_has_no_code_for_go_through_grid_sample(monkeypa
     assert not usable(points=ms_deform_attn_cuda.MAX_POINTS + 1)
     monkeypatch.setattr(kernels, "available", lambda: False)
     assert not usable()
+
+
+def test_columns_of_one_tensor_are_read_where_they_are():
+    sampling = torch.randn(2, 6, 2 * 3 * 4 * 3, dtype=F16)
+    offsets, logits = offsets_and_logits(sampling, 2, 3, 4)
+    assert logits.data_ptr() % 16 == offsets.data_ptr() % 16 == 0
+    for tensor in (offsets, logits, offsets[:1]):
+        same, stride = ms_deform_attn_cuda._by_pixels(tensor)
+        assert same is tensor and stride == 72
+    for tensor, row in ((offsets.contiguous(), 48), (logits.contiguous(), 24)):
+        same, stride = ms_deform_attn_cuda._by_pixels(tensor)
+        assert same is tensor and stride == row
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t[:, ::2],  # images are no multiple of two pixels apart
+        lambda t: t.transpose(0, 1),
+        lambda t: t[:1].expand(2, -1, -1, -1),
+        lambda t: t[:, :1].expand(-1, 6, -1, -1),
+        lambda t: t.transpose(2, 3),
+        lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),  # not aligned
+    ],
+)
+def test_other_views_are_copied_for_the_kernel(change):
+    tensor = change(torch.arange(2.0 * 7 * 2 * 12).view(2, 7, 2, 12))
+    copy, stride = ms_deform_attn_cuda._by_pixels(tensor)
+    assert copy is not tensor and copy.data_ptr() % 16 == 0
+    rows = copy.as_strided(
+        (copy.shape[0] * copy.shape[1], copy[0, 0].numel()), (stride, 1), copy.storage_offset()
+    )
+    assert torch.equal(rows, tensor.flatten(0, 1).flatten(1))
 
 
 WRONG = {
@@ -259,6 +299,7 @@ def test_small_kernels_agree_on_the_models_sizes():
 
 def arguments(value, offsets) -> dict:
     batch, _, heads, dim = value.shape
+    of_pixel = offsets[0, 0].numel()
     return {
         "value_dtype": kernels.dtype_name(value),
         "sampling_dtype": kernels.dtype_name(offsets),
@@ -266,8 +307,27 @@ def arguments(value, offsets) -> dict:
         "heads": heads,
         "dim": dim,
         "points": offsets.shape[4],
+        "offsets_stride": of_pixel,
+        "logits_stride": of_pixel // 2,
         "stream": kernels.stream_of(value),
     }
+
+
+@on_gpu
+@pytest.mark.parametrize(("heads", "dim", "points"), [(8, 32, 4), (2, 8, 4), (3, 20, 16), (2, 33, 8)])
+@pytest.mark.parametrize("name", MODEL_PYRAMIDS)
+def test_small_kernel_reads_offsets_and_logits_of_one_tensor(name, heads, dim, points):
+    shapes = MODEL_PYRAMIDS[name]
+    for dtype, sampling in DTYPES:
+        value, offsets, logits = random_inputs(
+            shapes, 3, heads, dim, points, dtype=dtype, sampling=sampling, device="cuda"
+        )
+        joined = torch.cat((offsets.flatten(2), logits.flatten(2)), 2)
+        views = offsets_and_logits(joined, heads, len(shapes), points)
+        assert all(ms_deform_attn_cuda._by_pixels(view)[0] is view for view in views)
+        actual = run_kernel(value, *views, shapes=shapes)
+        assert error(actual, definition(value, offsets, logits, shapes)) < TOLERANCE[dtype]
+        assert torch.equal(actual, run_kernel(value, offsets, logits, shapes=shapes))
 
 
 @on_gpu
@@ -305,7 +365,11 @@ def test_kernel_at_full_size(dtype):
     """800x1088: more tiles than fit at once, batch 2."""
     shapes = ((25, 34), (50, 68), (100, 136))
     inputs = random_inputs(shapes, heads=8, dim=32, points=4, dtype=dtype, spread=8.0, device="cuda")
-    assert error(run_kernel(*inputs, shapes=shapes), definition(*inputs, shapes)) < 2 * TOLERANCE[dtype]
+    actual = run_kernel(*inputs, shapes=shapes)
+    assert error(actual, definition(*inputs, shapes)) < 2 * TOLERANCE[dtype]
+    value, offsets, logits = inputs
+    joined = torch.cat((offsets.flatten(2), logits.flatten(2)), 2)
+    assert torch.equal(run_kernel(value, *offsets_and_logits(joined, 8, 3, 4), shapes=shapes), actual)
 
 
 SIZES = pytest.mark.parametrize(
@@ -450,7 +514,8 @@ def test_limits_are_those_of_the_kernel():
 @on_gpu
 def test_wrong_addresses_are_refused_before_the_launch():
     types = {"value_dtype": "float32", "sampling_dtype": "float32"}
-    wrong = {**types, "batch": 1, "heads": 1, "dim": 4, "points": 1, "stream": 0}
+    strides = {"offsets_stride": 2, "logits_stride": 1}
+    wrong = {**types, **strides, "batch": 1, "heads": 1, "dim": 4, "points": 1, "stream": 0}
     sizes = [(1, 1)]
     launch = kernels.load().ms_deform_attn
     with pytest.raises(ValueError, match="value is a null pointer"):
@@ -463,3 +528,8 @@ def test_wrong_addresses_are_refused_before_the_launch():
         launch(16, 16, 16, 16, level_sizes=sizes, **{**wrong, "sampling_dtype": "float16"})
     with pytest.raises(ValueError, match=r"level 0 is -1x1"):
         launch(16, 16, 16, 16, level_sizes=[(-1, 1)], **wrong)
+    for name, stride in (("offsets_stride", 1), ("logits_stride", 0), ("logits_stride", 1 << 31)):
+        with pytest.raises(
+            ValueError, match="elements between the offsets and logits of pixels, which have 2 and 1"
+        ):
+            launch(16, 16, 16, 16, level_sizes=sizes, **{**wrong, name: stride})

@@ -90,6 +90,56 @@ def test_layer_norm_of_mixed_types(x_dtype, residual_dtype, out_dtype, channels)
     assert error(out, expected_layer_norm(x, weight, bias, 1e-6, update)) < TOLERANCE[out_dtype]
 
 
+POSITIONED = [(2, 7, 256), (3, 5, 96), (1, 9, 33), (2, 3, 4, 384), (5, 1024), (2, 6, 1536), (3, 2, 1025)]
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", POSITIONED, ids=str)
+def test_layer_norm_adds_positions_to_a_second_output(shape, dtype):
+    x, update = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
+    weight, bias = random(shape[-1], seed=2), random(shape[-1], seed=3)
+    position = random(1, *shape[1:], dtype=dtype, seed=4)
+    for residual in (None, update):
+        out, total = layer_norm(x, weight, bias, residual=residual, position=position)
+        assert torch.equal(out, layer_norm(x, weight, bias, residual=residual))
+        assert out.dtype == total.dtype == dtype
+        # Of the sum before it is rounded: half the last place, not one.
+        expected = expected_layer_norm(x, weight, bias, residual=residual) + position.double()
+        assert error(total, expected) < TOLERANCE[dtype]
+
+
+@gpu
+@pytest.mark.parametrize("position_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [256, 1536, 30])
+def test_positions_of_another_type(position_dtype, out_dtype, channels):
+    x, position = random(4, 5, channels, dtype=F16), random(1, 5, channels, dtype=position_dtype, seed=1)
+    weight, bias = random(channels, seed=2), random(channels, seed=3)
+    out, total = layer_norm(x, weight, bias, out_dtype=out_dtype, position=position)
+    expected = expected_layer_norm(x, weight, bias)
+    assert out.dtype == total.dtype == out_dtype
+    assert error(out, expected) < TOLERANCE[out_dtype]
+    assert error(total, expected + position.double()) < TOLERANCE[out_dtype]
+
+
+@gpu
+def test_positions_of_the_encoder_and_of_unaligned_tensors():
+    x, update = random(2, 17850, 256, dtype=F16), random(2, 17850, 256, dtype=F16, seed=1)
+    weight, bias = random(256, seed=2), random(256, seed=3)
+    position = random(1, 17850, 256, dtype=F16, seed=4)
+    out, total = layer_norm(x, weight, bias, residual=update, position=position)
+    expected = expected_layer_norm(x, weight, bias, residual=update)
+    assert error(out, expected) < TOLERANCE[F16]
+    assert error(total, expected + position.double()) < TOLERANCE[F16]
+    again = layer_norm(x, weight, bias, residual=update, position=unaligned(position))
+    for one, other in zip(again, (out, total)):
+        torch.testing.assert_close(one, other)
+    assert [t.shape for t in layer_norm(x[:, :0], weight, bias, position=position[:, :0])] == [
+        (2, 0, 256)
+    ] * 2
+
+
 @gpu
 @pytest.mark.parametrize("channels", [96, 256, 768, 1000, 2048])
 def test_layer_norm_keeps_its_digits_beside_a_large_mean(channels):
@@ -325,6 +375,7 @@ def test_workspace_for_the_largest_map_suffices_for_all():
         ({"weight": torch.ones(7)}, r"weight is \(7,\); expected \(8,\)"),
         ({"bias": torch.ones(8, dtype=F16)}, "bias is torch.float16; expected torch.float32"),
         ({"residual": torch.ones(3, 8)}, r"residual is \(3, 8\); expected \(2, 8\)"),
+        ({"position": torch.ones(2, 8)}, r"position is \(2, 8\); expected \(1, 8\)"),
         ({"x": torch.ones(2, 8, dtype=torch.float64)}, "x is torch.float64; expected torch.float32"),
         ({"eps": -1.0}, "epsilon is -1; expected at least 0"),
         ({"out_dtype": torch.int32}, "out_dtype is torch.int32"),

@@ -157,6 +157,23 @@ def test_images_that_our_plugin_normalises_are_rounded_once():
         assert torch.equal(net.core(x), exact)
 
 
+def test_norm_with_positions_rounds_each_output_once():
+    norm, position = nn.LayerNorm(6), torch.rand(1, 4, 6)
+
+    def function(net, x):
+        return fused_ops.residual_layer_norm_and_position(x, x, norm, position)
+
+    net = Net(function)
+    net.normalise = norm  # a module of the model
+    x = torch.rand(2, 4, 6)
+    with torch.no_grad():
+        out = norm(x + x)
+        with emulated(net, lambda name: name == "normalise", HALF, ["normalization"]):
+            assert all(map(torch.equal, net.core(x), (half(out), half(out + position))))
+        with emulated(net, lambda name: False, HALF, ["normalization"]):
+            assert all(map(torch.equal, net.core(x), (out, out + position)))
+
+
 def test_overflow_shows():
     out, _, _ = run(lambda net, x: x * 1e6)
     assert out.isinf().all()

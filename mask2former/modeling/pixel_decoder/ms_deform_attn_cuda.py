@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,7 +42,7 @@ def ms_deform_attn(
     Args:
         value: (B, S, heads, D), float32, float16 or bfloat16, on a GPU.
         sampling_offsets: (B, S, heads, levels, points, 2), (x, y) in pixels of the level sampled, one of these dtypes.
-        attention_logits: (B, S, heads, levels * points), one of these dtypes.
+        attention_logits: (B, S, heads, levels * points), one of these dtypes. Both may be columns of one tensor.
         spatial_shapes: (height, width) of each level, 1 to 8 of them.
 
     Returns:
@@ -70,7 +71,9 @@ def _ms_deform_attn(
     """level_sizes: height and width of each level, in one row."""
     _check(value, sampling_offsets, attention_logits, level_sizes)
     batch, pixels, heads, dim = value.shape
-    value, sampling_offsets, attention_logits = map(_in_order, (value, sampling_offsets, attention_logits))
+    value = _in_order(value)
+    sampling_offsets, offsets_stride = _by_pixels(sampling_offsets)
+    attention_logits, logits_stride = _by_pixels(attention_logits)
     out = value.new_empty(batch, pixels, heads * dim)
     with torch.cuda.device(value.device):
         kernels.load().ms_deform_attn(
@@ -84,6 +87,8 @@ def _ms_deform_attn(
             heads=heads,
             dim=dim,
             points=sampling_offsets.shape[4],
+            offsets_stride=offsets_stride,
+            logits_stride=logits_stride,
             level_sizes=list(zip(level_sizes[::2], level_sizes[1::2])),
             stream=kernels.stream_of(value),
         )
@@ -114,6 +119,20 @@ def _in_order(tensor: Tensor) -> Tensor:
     """The tensor in C order, at an address of which the kernel can read 16 bytes at a time."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _by_pixels(tensor: Tensor) -> tuple[Tensor, int]:
+    """The tensor (B, S, ...) with the elements of each pixel in C order, and how many lie from one pixel to the next.
+
+    Columns of a wider tensor stay where they are. Where pixels are not equally far apart through all images, or lie at
+    addresses that the kernel reads slowly, the tensor is a copy.
+    """
+    row = math.prod(tensor.shape[2:])
+    order = [math.prod(tensor.shape[i + 1 :]) for i in range(2, tensor.dim())]
+    image, pixel, *inner = tensor.stride()
+    if inner == order and pixel >= row and image == pixel * tensor.shape[1] and tensor.data_ptr() % 16 == 0:
+        return tensor, pixel
+    return _in_order(tensor), row
 
 
 def _check(

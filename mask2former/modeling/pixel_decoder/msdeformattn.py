@@ -38,12 +38,26 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
         for layer in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(layer.weight)
 
-    def forward(self, x: Tensor, pos: Tensor, spatial_shapes: shape_ops.LevelShapes) -> Tensor:
-        """(B, S, C) -> (B, S, C); pos (1, S, C) is added to the queries only."""
-        attended = self.dropout1(self.self_attn(x + pos, x, spatial_shapes))
+    def forward(
+        self, x: Tensor, query: Tensor, pos: Tensor | None, spatial_shapes: shape_ops.LevelShapes
+    ) -> tuple[Tensor, Tensor | None]:
+        """One step of the encoder.
+
+        Args:
+            x: (B, S, C).
+            query: (B, S, C), x with the positions added, which only the queries have.
+            pos: (1, S, C), the positions, or None in the last layer.
+            spatial_shapes: (height, width) of each level, S pixels together.
+
+        Returns:
+            x and query of the next layer; in the last one the second is None.
+        """
+        attended = self.dropout1(self.self_attn(query, x, spatial_shapes))
         x = fused_ops.residual_layer_norm(x, attended, self.norm1)
-        ffn = self.linear2(self.dropout2(fused_ops.linear_relu(x, self.linear1)))
-        return fused_ops.residual_layer_norm(x, self.dropout3(ffn), self.norm2)
+        ffn = self.dropout3(self.linear2(self.dropout2(fused_ops.linear_relu(x, self.linear1))))
+        if pos is None:
+            return fused_ops.residual_layer_norm(x, ffn, self.norm2), None
+        return fused_ops.residual_layer_norm_and_position(x, ffn, self.norm2, pos)
 
 
 class MSDeformAttnTransformerEncoder(nn.Module):
@@ -54,8 +68,11 @@ class MSDeformAttnTransformerEncoder(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor, pos: Tensor, spatial_shapes: shape_ops.LevelShapes) -> Tensor:
-        for layer in self.layers:
-            x = layer(x, pos, spatial_shapes)
+        """(B, S, C) -> (B, S, C); pos (1, S, C) is added to the queries of every layer."""
+        query = fused_ops.add_position(x, pos)
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            x, query = layer(x, query, pos if i < last else None, spatial_shapes)
         return x
 
 
