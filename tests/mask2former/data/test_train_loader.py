@@ -170,6 +170,13 @@ def _no_image(record, folder):
     }, r"text.png \(image_id {id}\) cannot .*cannot identify image file"
 
 
+def _no_bytes(record, folder):
+    (folder / "empty.png").touch()
+    return {
+        "file_name": str(folder / "empty.png")
+    }, r"empty.png \(image_id {id}\) cannot .*cannot identify image file"
+
+
 def _other_size(record, folder):
     return {"height": record["height"] + 1}, r"png \(image_id {id}\) cannot .*Mismatched image shape"
 
@@ -186,7 +193,8 @@ def _no_panoptic_map(record, folder):
 
 
 @pytest.mark.parametrize(
-    "damage", [_without_file, _half_a_file, _no_image, _other_size, _small_panoptic_map, _no_panoptic_map]
+    "damage",
+    [_without_file, _half_a_file, _no_image, _no_bytes, _other_size, _small_panoptic_map, _no_panoptic_map],
 )
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_record_is_named(workers, damage, tmp_path):

@@ -107,6 +107,10 @@ def _halve(root, kind):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def _empty(root, kind):
+    (root / "val" / kind / SECOND).write_bytes(b"")
+
+
 def _shrink(root, kind):
     path = root / "val" / kind / SECOND
     with Image.open(path) as image:
@@ -143,6 +147,8 @@ def _half_json(root, kind):
             "images",
             r"images/1000002.png \(image_id 1000002\) cannot be read: Mismatched image shape",
         ),
+        (_empty, "images", r"images/1000002.png \(image_id 1000002\) cannot be read: .*cannot identify"),
+        (_empty, "panoptic", r"panoptic/1000002.png \(image_id 1000002\) cannot be read: .*cannot identify"),
         (_remove, "panoptic", r"panoptic/1000002.png \(image_id 1000002\) cannot be read: .*No such file"),
         (_halve, "panoptic", r"panoptic/1000002.png \(image_id 1000002\) cannot be read: "),
         (
