@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import sys
+import time
 import types
 
 import benchmark_bench
@@ -30,7 +31,8 @@ from mask2former import get_mask2former_cfg
 from mask2former.backend import BackendError
 from mask2former.data.datasets.shapes import register_shapes
 from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
-from mask2former.evaluation.panoptic_quality import rgb_to_ids
+from mask2former.evaluation import PanopticEvaluator
+from mask2former.evaluation.panoptic_quality import PQStat, rgb_to_ids
 from mask2former.maskformer_model import MaskFormer
 from mask2former.modeling.pixel_decoder.ms_deform_attn import MSDeformAttn
 from tests.tools.test_benchmark import OPTS, REPO
@@ -358,6 +360,41 @@ def test_semantic_maps_are_not_decoded_for_our_rows(tmp_path, release):
     case = EvaluationCase(cfg, 1, release)
     (loaded,) = case.loader(cfg, 1)
     assert [("sem_seg" in one) for one in (*case._inputs, *loaded)] == [release] * 2
+
+
+def test_evaluation_is_timed_until_every_image_has_been_processed(tmp_path, monkeypatch):
+    make_shapes_dataset(tmp_path / "shapes", ShapesOptions(train=1, val=5, max_size=128))
+    register_shapes(str(tmp_path / "shapes"), "benchwait")
+    opts = [
+        "MODEL.DEVICE",
+        "cpu",
+        "DATASETS.TEST",
+        "('benchwait_val_panoptic',)",
+        "TEST.EVALUATION_THREADS",
+        2,
+    ]
+    opts += ["MODEL.MASK_FORMER.TEST.INSTANCE_ON", False, "MODEL.MASK_FORMER.TEST.SEMANTIC_ON", False]
+    cfg = get_mask2former_cfg(REPO / "configs/shapes/maskformer2_mini_shapes.yaml", opts)
+    done = []
+
+    def slow(self, image, fetched):
+        time.sleep(0.05)
+        done.append(image["image_id"])
+        return image["image_id"], PQStat(), None
+
+    class Model:
+        postprocess_options = None
+
+        def __call__(self, inputs):
+            return [{"panoptic_seg": (torch.zeros(2, 2), [])} for _ in inputs]
+
+    monkeypatch.setattr(PanopticEvaluator, "examine", slow)
+    columns, stages = EvaluationCase(cfg, 0, release=False).prepare(
+        types.SimpleNamespace(model=Model()), cfg, 2
+    )
+    done.clear()
+    stages["evaluation"].call()
+    assert len(done) == 5 and columns["note"] == "2 evaluation threads"
 
 
 def test_stand_in_for_panopticapi_gives_its_colours(monkeypatch):
