@@ -38,12 +38,13 @@ class Plugin:
 ATTENTION = Plugin("D2TRTAttention", "1", "ATTENTION")
 LEVEL_MASK_FEATURES = Plugin("D2TRTLevelMaskFeatures", "1", "ATTENTION")
 MASK_PRODUCT = Plugin("D2TRTMaskProduct", "1", "ATTENTION")
+MLP = Plugin("D2TRTMlp", "1", "ATTENTION")
 WINDOW_ATTENTION = Plugin("D2TRTWindowAttention", "1", "ATTENTION")
 MSDA = Plugin("D2TRTMSDeformAttn", "1", "MSDA")
 LAYER_NORM = Plugin("D2TRTLayerNorm", "1", "NORMALIZATION")
 GROUP_NORM = Plugin("D2TRTGroupNorm", "1", "NORMALIZATION")
 # All that the library registers: csrc/trt_plugin/plugins.h has the same list.
-PLUGINS = (ATTENTION, GROUP_NORM, LAYER_NORM, LEVEL_MASK_FEATURES, MASK_PRODUCT, MSDA, WINDOW_ATTENTION)
+PLUGINS = (ATTENTION, GROUP_NORM, LAYER_NORM, LEVEL_MASK_FEATURES, MASK_PRODUCT, MLP, MSDA, WINDOW_ATTENTION)
 # Keys below MODEL.TENSORRT that choose between our plugins and TensorRT's own means.
 OPTIONS = ("MSDA", "NORMALIZATION", "ATTENTION")
 # Compute capability from which on a GPU has the instructions of an option's plugins, where not all that TensorRT runs on do.

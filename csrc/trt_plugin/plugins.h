@@ -5,6 +5,7 @@
 #include "trt_plugin/group_norm_core.h"
 #include "trt_plugin/layer_norm_core.h"
 #include "trt_plugin/mask_features_core.h"
+#include "trt_plugin/mlp_core.h"
 #include "trt_plugin/ms_deform_attn_core.h"
 #include "trt_plugin/window_attention_core.h"
 
@@ -14,7 +15,7 @@ template <typename... Cores>
 struct PluginList {};
 
 using Plugins = PluginList<
-    AttentionPlugin, GroupNormPlugin, LayerNormPlugin, LevelMaskFeaturesPlugin, MaskProductPlugin, MsDeformAttnPlugin,
-    WindowAttentionPlugin>;
+    AttentionPlugin, GroupNormPlugin, LayerNormPlugin, LevelMaskFeaturesPlugin, MaskProductPlugin, MlpPlugin,
+    MsDeformAttnPlugin, WindowAttentionPlugin>;
 
 }  // namespace d2_trt::plugin
