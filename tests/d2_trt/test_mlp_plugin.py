@@ -1,4 +1,4 @@
-"""The decoder's feed-forward layers and mask embedding in a network: our plugin's layers, TensorRT's own, which of them where.
+"""The decoder's feed-forward layers and mask embedding in a network: our plugin's layers, or TensorRT's own.
 
 On a CPU the network is the double of tests/doubles, for each version of TensorRT's bindings; tests marked `tensorrt` need
 the library of csrc/trt_plugin, built for the TensorRT in use.

@@ -56,7 +56,7 @@ def mlp(
     backwards=False,
     blocks=None,
 ):
-    """mlp_cuda.mlp for tensors on the CPU, by clusters of so many parts.
+    """mlp_cuda.mlp for tensors on the CPU, by clusters of at most so many parts.
 
     blocks: how many blocks of 16 rows the plan must have in a tile.
     """
@@ -71,14 +71,17 @@ def mlp(
         "normed": None if normed_dtype is None else _guarded(torch.full_like(x, nan, dtype=normed_dtype)),
     }
     types = [TYPES[t or torch.float32] for t in (dtype, x.dtype, out_dtype or x.dtype, normed_dtype)]
-    sizes = [parts, multiprocessors, shared_bytes, int(backwards), *types, int(after)]
-    sizes += [x.numel() // widths[0], len(weights), *widths]
-    made = _library().emulate_mlp(
-        *(ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in given.values()),
-        (ctypes.c_int32 * len(sizes))(*sizes),
-        ctypes.c_float(eps),
-    )
-    assert made and blocks in (None, made)
+    made = 0
+    while not made:
+        sizes = [parts, multiprocessors, shared_bytes, int(backwards), *types, int(after)]
+        sizes += [x.numel() // widths[0], len(weights), *widths]
+        made = _library().emulate_mlp(
+            *(ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in given.values()),
+            (ctypes.c_int32 * len(sizes))(*sizes),
+            ctypes.c_float(eps),
+        )
+        parts //= 2
+    assert blocks in (None, made)
     for out in (given["out"], given["normed"]):
         if out is not None:
             around = out._base
