@@ -119,17 +119,34 @@ def mlp(
     """
     out_dtype = out_dtype or x.dtype
     widths = _check(x, weights, biases, norm_weight, norm_bias, after, dtype, out_dtype, normed_dtype)
-    x = x.contiguous()
-    packed = pack_weights(weights, dtype)
-    offsets = torch.cat([bias.float() for bias in biases])
-    norm = torch.stack([norm_weight, norm_bias])
+    packed = (
+        pack_weights(weights, dtype),
+        torch.cat([bias.float() for bias in biases]),
+        torch.stack([norm_weight, norm_bias]),
+    )
+    return launch(x.contiguous(), *packed, widths, eps, after, dtype, out_dtype, normed_dtype)
+
+
+def launch(
+    x: Tensor,
+    words: Tensor,
+    biases: Tensor,
+    norm: Tensor,
+    widths: Sequence[int],
+    eps: float,
+    after: bool,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    normed_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`mlp` of what it makes of its arguments, unchecked: contiguous x, packed weights, all biases, and norm (2, C)."""
     out = x.new_empty((*x.shape[:-1], widths[-1]), dtype=out_dtype)
     normed = None if normed_dtype is None else torch.empty_like(x, dtype=normed_dtype)
     with torch.cuda.device(x.device):
         kernels.load().mlp(
             x.data_ptr(),
-            packed.data_ptr(),
-            offsets.data_ptr(),
+            words.data_ptr(),
+            biases.data_ptr(),
             norm.data_ptr(),
             out.data_ptr(),
             0 if normed is None else normed.data_ptr(),
@@ -138,7 +155,7 @@ def mlp(
             out_dtype=kernels.dtype_name(out),
             normed_dtype=kernels.dtype_name(out if normed is None else normed),
             rows=x.numel() // widths[0],
-            widths=widths,
+            widths=list(widths),
             after=after,
             epsilon=eps,
             stream=kernels.stream_of(x),
