@@ -18,12 +18,12 @@ __device__ __forceinline__ V* peer_memory(V* own, int rank) {
 // All threads arrive, and each waits before it relies on what the others did before they arrived.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-    __cluster_barrier_arrive();
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-    __cluster_barrier_wait();
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 

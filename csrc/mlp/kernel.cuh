@@ -31,60 +31,46 @@ struct MlpProblem {
 // Steps of a warp's weights that are under way at a time.
 constexpr int kMlpAhead = 4;
 
-// What a block has to do in one layer, and where its weights are.
-template <typename O>
-struct MlpLayer {
-    uint4 const* weights;  // of its first tile and chunk
-    float const* bias;     // of its first column
-    int row_chunks;        // of all input channels: from a tile to the next
-    int chunks, columns;   // its own
-    int first_column;
-    bool summed, last;     // summed over the parts
-
-    __device__ MlpLayer(MlpProblem const& p, int layer, int rank) {
-        std::int64_t before = 0;
-        int biases = 0;
-        for (int i = 0; i < layer; ++i) {
-            before += static_cast<std::int64_t>(p.chain.widths[i]) * p.chain.widths[i + 1];
-            biases += p.chain.widths[i + 1];
-        }
-        last = layer == p.chain.layers - 1;
-        summed = last && p.chain.after;
-        row_chunks = p.chain.widths[layer] / O::kChunk;
-        chunks = summed ? row_chunks / p.plan.parts : row_chunks;
-        columns = summed ? p.chain.widths[layer + 1] : p.chain.widths[layer + 1] / p.plan.parts;
-        first_column = summed ? 0 : rank * columns;
-        std::int64_t const skipped = static_cast<std::int64_t>(first_column / 8) * row_chunks + (summed ? rank * chunks : 0);
-        weights = p.weights + before * O::kBytes / 16 + skipped * 32;
-        bias = p.biases + biases + first_column;
-    }
-};
-
-// What a warp has of up to kMlpColumns columns of a layer: two tiles of columns and a share of the chunks.
+// What a warp has of a turn of a layer: two tiles of columns and a split of the chunks.
 struct MlpWork {
     uint4 const* from;  // the lane's words of the first tile and chunk
     int next_tile;      // words from a tile to the next
     int first_chunk, steps;
-    int column;         // of the sums of all warps
-    bool second;        // whether there is a second tile
-    int width, splits;  // columns of the sums of a split, and number of splits
-
-    template <typename O>
-    __device__ MlpWork(MlpLayer<O> const& layer, int first_column, int warp, int lane) {
-        int const left = (layer.columns - first_column) / 8, tiles = left < kMlpColumns / 8 ? left : kMlpColumns / 8;
-        int const groups = (tiles + kMlpTiles - 1) / kMlpTiles;
-        splits = kMlpWarps / groups < layer.chunks ? kMlpWarps / groups : layer.chunks;
-        width = groups * kMlpTiles * 8;
-        int const group = warp % groups, split = warp / groups, tile = group * kMlpTiles;
-        first_chunk = layer.chunks * split / splits;
-        steps = split < splits ? layer.chunks * (split + 1) / splits - first_chunk : 0;
-        second = tile + 1 < tiles;
-        column = split * width + tile * 8;
-        next_tile = layer.row_chunks * 32;
-        std::int64_t const start = static_cast<std::int64_t>(first_column / 8 + tile) * layer.row_chunks + first_chunk;
-        from = layer.weights + start * 32 + lane;
-    }
+    int column;    // of the sums of all warps
+    bool second;   // whether there is a second tile
 };
+
+__device__ __forceinline__ bool is_summed(MlpProblem const& p, int layer) {
+    return p.chain.after && layer == p.chain.layers - 1;
+}
+
+// The part's first column of all that the layer gives.
+__device__ __forceinline__ int first_column(MlpProblem const& p, int layer, int rank) {
+    return is_summed(p, layer) ? 0 : rank * p.plan.layers[layer].columns;
+}
+
+// The part's weights: its first tile and chunk.
+__device__ __forceinline__ uint4 const* first_weights(MlpProblem const& p, int at, int rank) {
+    MlpLayer const& layer = p.plan.layers[at];
+    std::int64_t const chunk = is_summed(p, at) ? rank * layer.chunks : 0;
+    return p.weights + layer.weights +
+           (static_cast<std::int64_t>(first_column(p, at, rank) / 8) * layer.row_chunks + chunk) * 32;
+}
+
+__device__ __forceinline__ MlpWork work_of(MlpProblem const& p, int at, int column, int rank, int warp, int lane) {
+    MlpLayer const& layer = p.plan.layers[at];
+    int const group = warp % layer.groups, split = warp / layer.groups, start = column + group * kMlpTiles * 8;
+    MlpWork work;
+    work.first_chunk = split * layer.steps;
+    int const left = layer.chunks - work.first_chunk;
+    work.steps = split >= layer.splits || start >= layer.columns ? 0 : left < layer.steps ? left : layer.steps;
+    work.second = start + 8 < layer.columns;
+    work.column = split * layer.turn + group * kMlpTiles * 8;
+    work.next_tile = layer.row_chunks * 32;
+    std::int64_t const tile = static_cast<std::int64_t>(start / 8) * layer.row_chunks;
+    work.from = first_weights(p, at, rank) + (tile + work.first_chunk) * 32 + lane;
+    return work;
+}
 
 using MlpQueue = uint4[kMlpAhead][kMlpTiles];
 
@@ -146,15 +132,33 @@ __device__ __forceinline__ float sum_of_warp(float value) {
     return value;
 }
 
-// LayerNorm of a warp's row of `channels`: lane l has those from 4 l + 128 i on.
+// A LayerNorm's weight and bias of the channels of a lane: of lane l those from 4 l + 128 i on.
 template <int kQuads>
-__device__ __forceinline__ void normalize(float (&v)[kQuads][4], int channels, int lane, float const* norm, float epsilon) {
+struct MlpAffine {
+    float weight[kQuads][4], bias[kQuads][4];
+
+    __device__ MlpAffine(float const* norm, int channels, int lane) {
+#pragma unroll
+        for (int i = 0; i < kQuads; ++i) {
+            int const channel = lane * 4 + i * 128;
+            if (channel >= channels) continue;
+            load_four(norm, channel, kElementFloat, weight[i]);
+            load_four(norm, channels + channel, kElementFloat, bias[i]);
+        }
+    }
+};
+
+// LayerNorm of a warp's row.
+template <int kQuads>
+__device__ __forceinline__ void normalize(
+    float (&v)[kQuads][4], int channels, int lane, MlpAffine<kQuads> const& affine, float epsilon) {
     float sum = 0.0F, squares = 0.0F;
+    float const share = 1.0F / channels;
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
         if (lane * 4 + i * 128 < channels) sum += (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
     }
-    float const mean = sum_of_warp(sum) / channels;
+    float const mean = sum_of_warp(sum) * share;
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
 #pragma unroll
@@ -163,122 +167,158 @@ __device__ __forceinline__ void normalize(float (&v)[kQuads][4], int channels, i
             if (lane * 4 + i * 128 < channels) squares += v[i][j] * v[i][j];
         }
     }
-    float const scale = 1.0F / sqrtf(sum_of_warp(squares) / channels + epsilon);
+    float const scale = 1.0F / sqrtf(sum_of_warp(squares) * share + epsilon);
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
-        int const channel = lane * 4 + i * 128;
-        if (channel >= channels) continue;
-        float weight[4], bias[4];
-        load_four(norm, channel, kElementFloat, weight);
-        load_four(norm, channels + channel, kElementFloat, bias);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) v[i][j] = fmaf(v[i][j] * scale, weight[j], bias[j]);
+        for (int j = 0; j < 4; ++j) v[i][j] = fmaf(v[i][j] * scale, affine.weight[i][j], affine.bias[i][j]);
     }
 }
 
-// The rows of x, normalised or as they are, as operands of the first layer; zeros below the last row.
-template <typename O>
+// The rows of x as operands of the first layer, normalised where kNormed; zeros below the last row.
+template <typename O, bool kNormed>
 __device__ void read_rows(MlpProblem const& p, std::int64_t first_row, int rank, unsigned char* operands, int warp, int lane) {
-    constexpr int kQuads = 4;  // kMaxMlpNormBefore
+    constexpr int kQuads = kNormed ? 4 : 2;  // kMaxMlpNormBefore, kMaxMlpNormAfter
     int const channels = p.chain.widths[0];
+    MlpAffine<kQuads> const affine(p.norm, kNormed ? channels : 0, lane);
     for (int row = warp; row < p.plan.blocks * 16; row += kMlpWarps) {
         unsigned char* const to = operands + row * p.plan.pitch[0];
         std::int64_t const at = (first_row + row) * channels;
         bool const inside = first_row + row < p.rows;
-        for (int start = 0; start < channels; start += kQuads * 128) {
-            float v[kQuads][4] = {};
+        float v[kQuads][4] = {};
 #pragma unroll
-            for (int i = 0; i < kQuads; ++i) {
-                int const channel = start + lane * 4 + i * 128;
-                if (inside && channel < channels) load_four(p.x, at + channel, p.x_type, v[i]);
-            }
-            if (!p.chain.after && inside) normalize(v, channels, lane, p.norm, p.epsilon);
+        for (int i = 0; i < kQuads; ++i) {
+            int const channel = lane * 4 + i * 128;
+            if (inside && channel < channels) load_four(p.x, at + channel, p.x_type, v[i]);
+        }
+        if (kNormed && inside) normalize(v, channels, lane, affine, p.epsilon);
+        bool const keeps = kNormed && inside && p.normed != nullptr && row % p.plan.parts == rank;
 #pragma unroll
-            for (int i = 0; i < kQuads; ++i) {
-                int const channel = start + lane * 4 + i * 128;
-                if (channel >= channels) continue;
-                O::put(to + channel * O::kBytes, v[i]);
-                bool const mine = p.normed != nullptr && row % p.plan.parts == rank;
-                if (mine && inside) store_four(p.normed, at + channel, p.normed_type, v[i]);
-            }
+        for (int i = 0; i < kQuads; ++i) {
+            int const channel = lane * 4 + i * 128;
+            if (channel >= channels) continue;
+            O::put(to + channel * O::kBytes, v[i]);
+            if (keeps) store_four(p.normed, at + channel, p.normed_type, v[i]);
         }
     }
 }
 
-// What follows the sums of up to kMlpColumns columns from `first_column` of the block's on, unless they are summed over the
-// parts: bias, then either ReLU and the operands of the next layer, or the result.
+constexpr int kMlpQuads = kMlpColumns / 128;  // of a lane, in a turn
+
+// The biases of a lane's columns of a turn.
+__device__ __forceinline__ void load_biases(
+    float (&biases)[kMlpQuads][4], MlpProblem const& p, int at, int column, int rank, int lane) {
+    MlpLayer const& layer = p.plan.layers[at];
+#pragma unroll
+    for (int i = 0; i < kMlpQuads; ++i) {
+        int const quad = lane * 4 + i * 128;
+        if (quad >= layer.turn || column + quad >= layer.columns) continue;
+        load_four(p.biases + layer.biases + first_column(p, at, rank), column + quad, kElementFloat, biases[i]);
+    }
+}
+
+// What follows the sums of a turn's columns, unless they are summed over the parts: bias, then either ReLU and the operands
+// of the next layer, or the result.
 template <typename O>
 __device__ void finish_columns(
-    MlpProblem const& p, MlpLayer<O> const& layer, MlpWork const& work, int first_column, std::int64_t first_row,
-    unsigned char const* partial, unsigned char* operands, int pitch, bool everywhere) {
-    int const left = layer.columns - first_column, columns = left < kMlpColumns ? left : kMlpColumns;
-    int const quads = columns / 4, total = p.plan.blocks * 16 * quads;
-    for (int i = threadIdx.x; i < total; i += kMlpWarps * 32) {
-        int const row = i / quads, quad = i % quads * 4, column = first_column + quad;
-        float v[4];
-        load_four(layer.bias, column, kElementFloat, v);
-        unsigned char const* const from = partial + row * kMlpPartialPitch + quad * 4;
-        for (int split = 0; split < work.splits; ++split) add_four(v, from + split * work.width * 4);
-        if (layer.last) {
-            if (first_row + row >= p.rows) continue;
-            std::int64_t const at = (first_row + row) * p.chain.widths[p.chain.layers];
-            store_four(p.out, at + layer.first_column + column, p.out_type, v);
-            continue;
-        }
+    MlpProblem const& p, int at, int column, float const (&biases)[kMlpQuads][4], std::int64_t first_row, int rank,
+    unsigned char const* partial, unsigned char* operands, int pitch, bool everywhere, int warp, int lane) {
+    MlpLayer const& layer = p.plan.layers[at];
+    bool const last = at == p.chain.layers - 1;
+    for (int row = warp; row < p.plan.blocks * 16; row += kMlpWarps) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) v[j] = fmaxf(v[j], 0.0F);
-        if (!everywhere) {
-            O::put(operands + row * pitch + column * O::kBytes, v);
-            continue;
+        for (int i = 0; i < kMlpQuads; ++i) {
+            int const quad = lane * 4 + i * 128;
+            if (quad >= layer.turn || column + quad >= layer.columns) continue;
+            float v[4] = {biases[i][0], biases[i][1], biases[i][2], biases[i][3]};
+            unsigned char const* const from = partial + row * kMlpPartialPitch + quad * 4;
+            for (int split = 0; split < layer.splits; ++split) add_four(v, from + split * layer.turn * 4);
+            if (last) {
+                if (first_row + row >= p.rows) continue;
+                std::int64_t const start = (first_row + row) * p.chain.widths[p.chain.layers];
+                store_four(p.out, start + first_column(p, at, rank) + column + quad, p.out_type, v);
+                continue;
+            }
+#pragma unroll
+            for (int j = 0; j < 4; ++j) v[j] = fmaxf(v[j], 0.0F);
+            if (!everywhere) {
+                O::put(operands + row * pitch + (column + quad) * O::kBytes, v);
+                continue;
+            }
+            unsigned char* const to = operands + row * pitch + (first_column(p, at, rank) + column + quad) * O::kBytes;
+            for (int part = 0; part < p.plan.parts; ++part) O::put(peer_memory(to, part), v);
         }
-        unsigned char* const to = operands + row * pitch + (layer.first_column + column) * O::kBytes;
-        for (int part = 0; part < p.plan.parts; ++part) O::put(peer_memory(to, part), v);
+    }
+}
+
+__device__ __forceinline__ void sync_parts(bool cluster) {
+    if (cluster) {
+        cluster_arrive();
+        cluster_wait();
+    } else {
+        sync_block();
     }
 }
 
 // out = norm(x + bias + the parts' sums): a warp for each of the part's share of the rows.
 __device__ inline void finish_rows(
-    MlpProblem const& p, float const* bias, MlpWork const& work, std::int64_t first_row, int rank, unsigned char* partial,
-    int warp, int lane) {
-    constexpr int kQuads = 2;  // kMaxMlpNormAfter
-    int const channels = p.chain.widths[p.chain.layers];
-    for (int row = rank + warp * p.plan.parts; row < p.plan.blocks * 16; row += kMlpWarps * p.plan.parts) {
-        if (first_row + row >= p.rows) break;
-        std::int64_t const at = (first_row + row) * channels;
-        float v[kQuads][4] = {};
+    MlpProblem const& p, int at, std::int64_t first_row, int rank, unsigned char* partial, int warp, int lane) {
+    MlpLayer const& layer = p.plan.layers[at];
+    int const channels = layer.columns, parts = p.plan.parts;
+    float biases[kMlpQuads][4] = {};
+    load_biases(biases, p, at, 0, rank, lane);
+    MlpAffine<kMlpQuads> const affine(p.norm, channels, lane);
+    float v[kMlpQuads][4] = {};
+    auto const load_row = [&](int row) {
 #pragma unroll
-        for (int i = 0; i < kQuads; ++i) {
+        for (int i = 0; i < kMlpQuads; ++i) {
+            int const channel = lane * 4 + i * 128;
+            if (channel < channels) load_four(p.x, (first_row + row) * channels + channel, p.x_type, v[i]);
+        }
+    };
+    int const step = kMlpWarps * parts;
+    int const below = p.rows - first_row < p.plan.blocks * 16 ? static_cast<int>(p.rows - first_row) : p.plan.blocks * 16;
+    int row = rank + warp * parts;
+    if (row < below) load_row(row);
+    sync_parts(parts > 1);
+    while (row < below) {
+#pragma unroll
+        for (int i = 0; i < kMlpQuads; ++i) {
             int const channel = lane * 4 + i * 128;
             if (channel >= channels) continue;
-            float offset[4];
-            load_four(p.x, at + channel, p.x_type, v[i]);
-            load_four(bias, channel, kElementFloat, offset);
-            for (int part = 0; part < p.plan.parts; ++part) {
-                unsigned char const* const of_part = p.plan.parts > 1 ? peer_memory(partial, part) : partial;
+            float sum[4] = {biases[i][0], biases[i][1], biases[i][2], biases[i][3]};
+            for (int part = 0; part < parts; ++part) {
+                unsigned char const* const of_part = parts > 1 ? peer_memory(partial, part) : partial;
                 unsigned char const* const from = of_part + row * kMlpPartialPitch + channel * 4;
-                for (int split = 0; split < work.splits; ++split) add_four(offset, from + split * work.width * 4);
+                for (int split = 0; split < layer.splits; ++split) add_four(sum, from + split * layer.turn * 4);
             }
 #pragma unroll
-            for (int j = 0; j < 4; ++j) v[i][j] += offset[j];
+            for (int j = 0; j < 4; ++j) v[i][j] += sum[j];
         }
-        normalize(v, channels, lane, p.norm, p.epsilon);
+        normalize(v, channels, lane, affine, p.epsilon);
 #pragma unroll
-        for (int i = 0; i < kQuads; ++i) {
+        for (int i = 0; i < kMlpQuads; ++i) {
             int const channel = lane * 4 + i * 128;
-            if (channel < channels) store_four(p.out, at + channel, p.out_type, v[i]);
+            if (channel < channels) store_four(p.out, (first_row + row) * channels + channel, p.out_type, v[i]);
         }
+        row += step;
+        if (row < below) load_row(row);
     }
+    if (parts > 1) sync_parts(true);  // others may read this block's sums until then
 }
 
-// A block's part of all layers to the second-level cache.
-template <typename O>
-__device__ void prefetch_weights(MlpProblem const& p, int rank) {
-    for (int i = 0; i < p.chain.layers; ++i) {
-        MlpLayer<O> const layer(p, i, rank);
-        int const lines = layer.chunks * 4, total = layer.columns / 8 * lines;
-        auto const* const from = reinterpret_cast<unsigned char const*>(layer.weights);
-        for (int at = threadIdx.x; at < total; at += kMlpWarps * 32) {
-            prefetch(from + static_cast<std::int64_t>(at / lines) * layer.row_chunks * 512 + at % lines * 128);
+// What a block reads of parameters to the second-level cache.
+__device__ inline void prefetch_parameters(MlpProblem const& p, int rank, int warp, int lane) {
+    for (int at = 0; at < p.chain.layers; ++at) {
+        MlpLayer const& layer = p.plan.layers[at];
+        auto const* const from = reinterpret_cast<unsigned char const*>(first_weights(p, at, rank));
+        float const* const biases = p.biases + layer.biases + first_column(p, at, rank);
+        if (warp == at) {
+            for (int line = lane; line < (layer.columns + 31) / 32; line += 32) prefetch(biases + line * 32);
+        }
+        for (int tile = warp; tile < layer.columns / 8; tile += kMlpWarps) {
+            unsigned char const* const start = from + static_cast<std::int64_t>(tile) * layer.row_chunks * 512;
+            for (int line = lane; line < layer.chunks * 4; line += 32) prefetch(start + line * 128);
         }
     }
 }
@@ -296,44 +336,39 @@ __device__ void mlp_block(MlpProblem const& p) {
 
     if (cluster) cluster_arrive();  // nobody writes to a block that has not begun
     MlpQueue queue;
-    MlpLayer<O> layer(p, 0, rank);
-    MlpWork work(layer, 0, warp, lane);
+    MlpWork work = work_of(p, 0, 0, rank, warp, lane);
     load_first(queue, work);
-    prefetch_weights<O>(p, rank);
-    read_rows<O>(p, first_row, rank, operands(0), warp, lane);
+    prefetch_parameters(p, rank, warp, lane);
+    if (p.chain.after) {
+        read_rows<O, false>(p, first_row, rank, operands(0), warp, lane);
+    } else {
+        read_rows<O, true>(p, first_row, rank, operands(0), warp, lane);
+    }
     sync_block();
     if (cluster) cluster_wait();
 
     for (int at = 0, column = 0;;) {
         multiply_rows<O, kBlocks>(queue, work, operands(at), pitch(at), partial, lane);
-        MlpLayer<O> const done = layer;
-        MlpWork const was = work;
-        int const done_column = column, next = at + 1;
-        bool const layer_ends = column + kMlpColumns >= layer.columns;
-        bool const stays = p.chain.after && at == p.chain.layers - 2;
-        column = layer_ends ? 0 : column + kMlpColumns;
-        at += layer_ends;
-        if (at < p.chain.layers) {
-            if (layer_ends) layer = MlpLayer<O>(p, at, rank);
-            work = MlpWork(layer, column, warp, lane);
-            load_first(queue, work);
-        }
-        if (done.summed) {  // in one go: it has no more than kMlpColumns columns
-            cluster ? (cluster_arrive(), cluster_wait()) : sync_block();
-            finish_rows(p, done.bias, was, first_row, rank, partial, warp, lane);
-            if (cluster) cluster_arrive(), cluster_wait();  // others may read this block's sums until then
+        if (is_summed(p, at)) {  // in one turn
+            finish_rows(p, at, first_row, rank, partial, warp, lane);
             return;
         }
-        sync_block();
-        finish_columns(
-            p, done, was, done_column, first_row, partial, operands(next), pitch(next), cluster && !stays);
-        if (at == p.chain.layers) return;
-        if (cluster && layer_ends && !stays) {
-            cluster_arrive();
-            cluster_wait();
-        } else {
-            sync_block();
+        float biases[kMlpQuads][4] = {};
+        load_biases(biases, p, at, column, rank, lane);
+        bool const ends = column + p.plan.layers[at].turn >= p.plan.layers[at].columns;
+        int const next = ends ? at + 1 : at, next_column = ends ? 0 : column + p.plan.layers[at].turn;
+        if (next < p.chain.layers) {
+            work = work_of(p, next, next_column, rank, warp, lane);
+            load_first(queue, work);
         }
+        sync_block();
+        bool const everywhere = cluster && !is_summed(p, at + 1);  // what the last layer sums stays where it is
+        finish_columns<O>(
+            p, at, column, biases, first_row, rank, partial, operands(at + 1), pitch(at + 1), everywhere, warp, lane);
+        if (next == p.chain.layers) return;
+        sync_parts(ends && everywhere);
+        at = next;
+        column = next_column;
     }
 }
 

@@ -9,6 +9,7 @@ namespace {
 static_assert(kMlpMaxLayers == kMaxMlpLayers && kMlpColumns == kMaxMlpNormAfter);
 
 constexpr std::int64_t kMaxRows = std::int64_t{1} << 24;
+constexpr int kMostParts = 8;  // a cluster of more blocks is not portable
 
 template <typename O, int kBlocks>
 __global__ void __launch_bounds__(kMlpWarps * 32) mlp_kernel(__grid_constant__ MlpProblem const p) {
@@ -26,52 +27,73 @@ MlpChain chain_of(MlpSizes const& sizes, DType type) {
 }
 
 
-// Blocks that a cluster of this kernel may have here, of those that divide the layers. A kernel that was compiled for an
-// older GPU does not know clusters, and a part of a GPU may be too small for one.
-template <typename Kernel>
-int parts_of(Kernel* kernel, MlpChain const& chain, Device const& on) {
+template <typename O, int kBlocks>
+void open(int bytes, Device const& on) {
+    static std::atomic<int> opened[kMaxDevices];
+    open_shared(mlp_kernel<O, kBlocks>, bytes, on, opened);
+}
+
 #if CUDART_VERSION >= 11080
-    cudaFuncAttributes attributes{};
-    check_cuda(cudaFuncGetAttributes(&attributes, kernel), "mlp: no attributes of the kernel");
-    if (on.major < 9 || attributes.ptxVersion < 90 || attributes.binaryVersion < 90) return 1;
-    for (int parts = 8; parts > 1; parts /= 2) {
-        if (!mlp_divides(chain, parts)) continue;
-        MlpPlan const plan = mlp_plan(chain, 1, parts, on.multiprocessors, on.shared_bytes);
-        cudaLaunchAttribute attribute{};
+// A launch of clusters. It refers to itself.
+struct ClusterLaunch {
+    cudaLaunchAttribute attribute{};
+    cudaLaunchConfig_t config{};
+
+    ClusterLaunch(unsigned grid, int parts, int bytes, cudaStream_t stream) {
         attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim = {static_cast<unsigned>(parts), 1, 1};
-        cudaLaunchConfig_t config{};
-        config.gridDim = dim3(static_cast<unsigned>(parts));
+        attribute.val.clusterDim.x = static_cast<unsigned>(parts);
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        config.gridDim = dim3(grid);
         config.blockDim = dim3(kMlpWarps * 32);
-        config.dynamicSmemBytes = static_cast<std::size_t>(plan.bytes);
+        config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
+        config.stream = stream;
         config.attrs = &attribute;
         config.numAttrs = 1;
+    }
+    ClusterLaunch(ClusterLaunch const&) = delete;
+    ClusterLaunch& operator=(ClusterLaunch const&) = delete;
+};
+#endif
+
+// Blocks of the largest cluster that runs here, whatever shared memory they have. A kernel that was compiled for an older GPU
+// knows none, and a part of a GPU may be too small for one.
+template <typename O>
+int ask_parts(Device const& on) {
+#if CUDART_VERSION >= 11080
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaFuncGetAttributes(&attributes, mlp_kernel<O, 1>), "mlp: attributes of the kernel");
+    if (on.major < 9 || attributes.ptxVersion < 90 || attributes.binaryVersion < 90) return 1;
+    open<O, 1>(on.shared_bytes, on);
+    for (int parts = kMostParts; parts > 1; parts /= 2) {
+        ClusterLaunch const launch(static_cast<unsigned>(parts), parts, on.shared_bytes, nullptr);
         int clusters = 0;
-        check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "mlp: clusters");
+        check_cuda(cudaOccupancyMaxActiveClusters(&clusters, mlp_kernel<O, 1>, &launch.config), "mlp: clusters");
         if (clusters > 0) return parts;
     }
 #endif
     return 1;
 }
 
+template <typename O>
+int parts_of(MlpChain const& chain, Device const& on) {
+    static std::atomic<int> known[kMaxDevices];
+    int parts = known[on.index].load(std::memory_order_relaxed);
+    if (parts == 0) {
+        parts = ask_parts<O>(on);
+        known[on.index].store(parts, std::memory_order_relaxed);
+    }
+    while (!mlp_divides(chain, parts)) parts /= 2;
+    return parts;
+}
+
 template <typename O, int kBlocks>
 void launch(MlpProblem const& p, Device const& on, cudaStream_t stream) {
-    static std::atomic<int> opened[kMaxDevices];
-    open_shared(mlp_kernel<O, kBlocks>, p.plan.bytes, on, opened);
+    open<O, kBlocks>(p.plan.bytes, on);
     unsigned const grid = count(std::int64_t{p.plan.tiles} * p.plan.parts);
 #if CUDART_VERSION >= 11080
     if (p.plan.parts > 1) {
-        cudaLaunchAttribute attribute{};
-        attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim = {static_cast<unsigned>(p.plan.parts), 1, 1};
-        cudaLaunchConfig_t config{};
-        config.gridDim = dim3(grid);
-        config.blockDim = dim3(kMlpWarps * 32);
-        config.dynamicSmemBytes = static_cast<std::size_t>(p.plan.bytes);
-        config.stream = stream;
-        config.attrs = &attribute;
-        config.numAttrs = 1;
-        check_cuda(cudaLaunchKernelEx(&config, mlp_kernel<O, kBlocks>, p), "mlp");
+        ClusterLaunch const clusters(grid, p.plan.parts, p.plan.bytes, stream);
+        check_cuda(cudaLaunchKernelEx(&clusters.config, mlp_kernel<O, kBlocks>, p), "mlp");
         return;
     }
 #endif
@@ -81,7 +103,7 @@ void launch(MlpProblem const& p, Device const& on, cudaStream_t stream) {
 
 template <typename O>
 void launch_blocks(MlpProblem& p, Device const& on, cudaStream_t stream) {
-    int const parts = parts_of(mlp_kernel<O, 1>, p.chain, on);
+    int const parts = parts_of<O>(p.chain, on);
     p.plan = mlp_plan(p.chain, p.rows, parts, on.multiprocessors, on.shared_bytes);
     switch (p.plan.blocks) {
         case 1: return launch<O, 1>(p, on, stream);

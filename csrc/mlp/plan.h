@@ -20,6 +20,18 @@ struct MlpChain {
     std::int32_t chunk;   // channels of a step
 };
 
+// A layer as one part has it. Its columns are done in turns of at most kMlpColumns; in a turn, groups of two tiles of columns
+// and splits of its chunks are a warp's each.
+struct MlpLayer {
+    std::int64_t weights;     // words of 16 bytes before the layer's
+    std::int32_t biases;      // before the layer's
+    std::int32_t row_chunks;  // of all input channels
+    std::int32_t chunks;      // of the part
+    std::int32_t columns;     // of the part
+    std::int32_t turn;        // columns of a turn
+    std::int32_t groups, splits, steps;  // steps: chunks of a split
+};
+
 // The parts are blocks of a cluster. Of all layers but the last one of `after` each part makes its share of the columns. All
 // get all of them, but what the last layer of `after` reads stays where it is made: that layer's columns are summed over the
 // parts.
@@ -31,6 +43,7 @@ struct MlpPlan {
     std::int32_t operands[2] = {};
     std::int32_t partial = 0;
     std::int32_t bytes = 0;       // of shared memory
+    MlpLayer layers[kMlpMaxLayers] = {};
 };
 
 inline bool mlp_divides(MlpChain const& chain, int parts) {
@@ -61,6 +74,29 @@ inline void mlp_layout(MlpChain const& chain, MlpPlan& plan) {
     plan.bytes = at + rows * kMlpPartialPitch;
 }
 
+inline void mlp_divide(MlpChain const& chain, MlpPlan& plan) {
+    std::int64_t weights = 0;
+    std::int32_t biases = 0;
+    for (int i = 0; i < chain.layers; ++i) {
+        bool const summed = chain.after && i == chain.layers - 1;
+        std::int32_t const in = chain.widths[i], out = chain.widths[i + 1];
+        MlpLayer& layer = plan.layers[i];
+        layer.weights = weights;
+        layer.biases = biases;
+        layer.row_chunks = in / chain.chunk;
+        layer.chunks = layer.row_chunks / (summed ? plan.parts : 1);
+        layer.columns = out / (summed ? 1 : plan.parts);
+        std::int32_t const tiles = layer.columns / 8, turns = (layer.columns + kMlpColumns - 1) / kMlpColumns;
+        layer.groups = ((tiles + turns - 1) / turns + kMlpTiles - 1) / kMlpTiles;
+        layer.turn = layer.groups * kMlpTiles * 8;
+        layer.splits = std::min(kMlpWarps / layer.groups, layer.chunks);
+        layer.steps = (layer.chunks + layer.splits - 1) / layer.splits;
+        layer.splits = (layer.chunks + layer.steps - 1) / layer.steps;
+        weights += std::int64_t{in} * out * chain.bytes / 16;
+        biases += out;
+    }
+}
+
 // As many rows in a tile as leave a multiprocessor for every block, or as many as fit: weights are read once for each tile.
 inline MlpPlan mlp_plan(MlpChain const& chain, std::int64_t rows, int parts, int multiprocessors, int shared_bytes) {
     MlpPlan plan;
@@ -74,6 +110,7 @@ inline MlpPlan mlp_plan(MlpChain const& chain, std::int64_t rows, int parts, int
         plan.tiles = static_cast<std::int32_t>((rows + blocks * 16 - 1) / (blocks * 16));
         if (std::int64_t{plan.tiles} * parts <= multiprocessors) break;
     }
+    mlp_divide(chain, plan);
     return plan;
 }
 
