@@ -33,7 +33,7 @@ KERNELS = "mask2former._kernels"
 PLUGINS = "d2_trt.plugins"
 PLUGIN_SOURCES = CSRC / "trt_plugin"
 # Folders of csrc/ whose kernels the plugins run.
-PLUGIN_KERNELS = ("attention", "ms_deform_attn", "normalization", "window_attention")
+PLUGIN_KERNELS = ("attention", "mlp", "ms_deform_attn", "normalization", "window_attention")
 # Without a card to ask: Ampere, Ada, Hopper; newer cards compile the PTX of the last.
 DEFAULT_ARCHS = ("80", "86", "89", "90")
 # Commands that compile; the others, such as egg_info, neither look for a compiler nor talk about one.

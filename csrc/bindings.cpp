@@ -6,6 +6,7 @@ namespace py = pybind11;
 
 namespace d2_trt {
 void bind_attention(py::module_& module);
+void bind_mlp(py::module_& module);
 void bind_ms_deform_attn(py::module_& module);
 void bind_normalization(py::module_& module);
 void bind_postprocess(py::module_& module);
@@ -16,6 +17,7 @@ void bind_window_attention(py::module_& module);
 PYBIND11_MODULE(_kernels, module) {
     module.doc() = "CUDA kernels of d2_trt; see csrc/.";
     d2_trt::bind_attention(module);
+    d2_trt::bind_mlp(module);
     d2_trt::bind_ms_deform_attn(module);
     d2_trt::bind_normalization(module);
     d2_trt::bind_postprocess(module);

@@ -38,6 +38,7 @@ class Plugin:
 ATTENTION = Plugin("D2TRTAttention", "1", "ATTENTION")
 LEVEL_MASK_FEATURES = Plugin("D2TRTLevelMaskFeatures", "1", "ATTENTION")
 MASK_PRODUCT = Plugin("D2TRTMaskProduct", "1", "ATTENTION")
+MLP = Plugin("D2TRTMlp", "1", "ATTENTION")
 WINDOW_ATTENTION = Plugin("D2TRTWindowAttention", "1", "ATTENTION")
 MSDA = Plugin("D2TRTMSDeformAttn", "2", "MSDA")
 LAYER_NORM = Plugin("D2TRTLayerNorm", "2", "NORMALIZATION")
@@ -50,6 +51,7 @@ PLUGINS = (
     LAYER_NORM,
     LEVEL_MASK_FEATURES,
     MASK_PRODUCT,
+    MLP,
     MSDA,
     NORMALIZE_IMAGES,
     WINDOW_ATTENTION,

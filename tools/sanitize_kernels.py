@@ -19,6 +19,7 @@ import argparse
 import ctypes
 import importlib.machinery
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -437,6 +438,39 @@ def window_attention(kernels: ModuleType, gpu: Gpu) -> None:
             gpu.finish()
 
 
+def mlp(kernels: ModuleType, gpu: Gpu) -> None:
+    rng = np.random.default_rng(0)
+    cases = [
+        ([64, 96, 160], False),
+        ([256, 256, 256, 256], False),
+        ([256, 2048, 256], True),
+        ([32, 32, 32], True),
+    ]
+    for widths, after in cases:
+        weights = sum(i * o for i, o in itertools.pairwise(widths))
+        norm = rng.standard_normal((2, widths[0])).astype(np.float32)
+        biases = rng.standard_normal(sum(widths[1:])).astype(np.float32)
+        for rows, dtype in itertools.product((1, 100, 803), DTYPES):
+            half = dtype if dtype != "float32" else "bfloat16"  # float32 is packed as two of these
+            count = weights * (2 if dtype == "float32" else 1)
+            types = {"dtype": dtype, "x_dtype": half, "out_dtype": "float32", "normed_dtype": half}
+            kernels.mlp(
+                gpu.put(as_dtype(rng.standard_normal((rows, widths[0])), half)),
+                gpu.put(as_dtype(rng.standard_normal(count) / 16, half)),
+                gpu.put(biases),
+                gpu.put(norm),
+                gpu.out("mlp", 4 * rows * widths[-1]),
+                0 if after else gpu.out("normed rows", 2 * rows * widths[0]),
+                rows=rows,
+                widths=widths,
+                after=after,
+                epsilon=1e-5,
+                stream=0,
+                **types,
+            )
+            gpu.finish()
+
+
 def resize(kernels: ModuleType, gpu: Gpu) -> None:
     module = kernels.preprocess
     rng = np.random.default_rng(0)
@@ -488,6 +522,7 @@ CASES: dict[str, Callable[[ModuleType, Gpu], None]] = {
     "attention": attention,
     "mask_features": mask_features,
     "window_attention": window_attention,
+    "mlp": mlp,
 }
 
 

@@ -1,6 +1,6 @@
 """Converters from PyTorch to TensorRT layers; importing this fills the table."""
 
-from . import attention, deformable, layers, norms, shape_ops, structure
+from . import attention, deformable, layers, mlp, norms, shape_ops, structure
 from .graph import Graph
 from .registry import CONVERTERS, Guard, converter_table, converts
 
@@ -13,6 +13,7 @@ __all__ = [
     "converts",
     "deformable",
     "layers",
+    "mlp",
     "norms",
     "shape_ops",
     "structure",

@@ -135,6 +135,12 @@ class Graph:
         self._recipes[result.name] = lambda other: self._float_constant(value, other)
         return result
 
+    def words(self, value: torch.Tensor):
+        """A constant of int32 words that only one of our plugins understands, such as packed weights: never converted."""
+        array = np.ascontiguousarray(value.detach().cpu().numpy())
+        self._alive.append(array)
+        return self.network.add_constant(tuple(value.shape), array).get_output(0)
+
     def weights(self, value: torch.Tensor, dtype: torch.dtype):
         """Weights of a layer, in the type that it computes in where networks are strongly typed."""
         return self._held(value.detach().cpu().to(dtype if self.strong else torch.float32))
@@ -188,13 +194,17 @@ class Graph:
             self._told_types[result.name] = self.dtype(out)
         return result
 
-    def plugin(self, kind, inputs: list, fields: Mapping[str, torch.dtype | int | float], out: torch.dtype):
-        """Add one of our plugins, see plugin.add_layer, and return its output, or a list of several, of type `out`."""
+    def plugin(
+        self, kind, inputs: list, fields: Mapping[str, torch.dtype | int | float], out: torch.dtype, *more
+    ):
+        """Add one of our plugins, see plugin.add_layer, and return its output, which is of type `out`; a list of its outputs
+        where `more` has the types of others.
+        """
         layer = plugin.add_layer(self.network, kind, inputs, fields)
-        results = [layer.get_output(i) for i in range(layer.num_outputs)]
-        for result in results:
-            self._told_types[result.name] = self.dtype(out)
-        return results if len(results) > 1 else results[0]
+        results = [layer.get_output(i) for i in range(1 + len(more))]
+        for result, dtype in zip(results, (out, *more)):
+            self._told_types[result.name] = self.dtype(dtype)
+        return results if more else results[0]
 
     def cast(self, tensor, dtype: torch.dtype):
         """The tensor in another type; one that depends on weights alone is made anew, so that the engine casts nothing."""

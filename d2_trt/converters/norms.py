@@ -99,7 +99,8 @@ def _layer_norm(g, x, normalized_shape, weight, bias, eps: float, residual=None,
         for name, added in (("residual_type", residual), ("position_type", position)):
             types[name] = -1 if added is None else g.torch_dtype(added)
             tensors += [] if added is None else [added]
-        return g.plugin(plugin.LAYER_NORM, tensors, {**types, "epsilon": float(eps)}, out)
+        outputs = [out] if position is None else [out, out]
+        return g.plugin(plugin.LAYER_NORM, tensors, {**types, "epsilon": float(eps)}, *outputs)
     shape = (1,) * (rank - 1) + (channels,)
     scale, shift = g.constant(weight.reshape(shape)), g.constant(bias.reshape(shape))
     return _normalization(g, x, scale, shift, 1 << (rank - 1), eps)

@@ -129,7 +129,7 @@ def _convert(graph, name: str, function: Callable, ctx, original: Callable | Non
 
 
 def _convert_inside(ctx, name: str, original: Callable):
-    """Runs a function of the model again, with what it calls converted; the network's tensor of its result."""
+    """Runs a function of the model again, with what it calls converted; the network's tensor, or tensors, of its result."""
     kept = {key: getattr(ctx, key) for key in ("lock", "method_args", "method_kwargs", "method_return")}
     ctx.lock = False
     try:
@@ -137,11 +137,12 @@ def _convert_inside(ctx, name: str, original: Callable):
     finally:
         for key, value in kept.items():
             setattr(ctx, key, value)
-    if not hasattr(result, "_trt"):
+    results = result if isinstance(result, tuple) else (result,)
+    if not all(hasattr(r, "_trt") for r in results):
         raise ConversionError(
             f"the converter of {name} left it to the functions it calls, and these made no tensor"
         )
-    return result._trt
+    return [r._trt for r in results] if isinstance(result, tuple) else result._trt
 
 
 def _caller() -> str:

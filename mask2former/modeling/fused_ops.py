@@ -41,3 +41,19 @@ def normalize_images(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def linear_relu(x: Tensor, linear: nn.Linear) -> Tensor:
     """relu(linear(x)): (..., C) -> (..., D)."""
     return F.relu(linear(x))
+
+
+def feed_forward(x: Tensor, linear1: nn.Linear, linear2: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+    """norm(x + linear2(relu(linear1(x)))): (..., C) -> (..., C)."""
+    return residual_layer_norm(x, linear2(linear_relu(x, linear1)), norm)
+
+
+def mlp_of_norm(x: Tensor, norm: nn.LayerNorm, mlp: nn.Module) -> Tensor:
+    """mlp(norm(x)): (..., C) -> (..., D); `mlp.layers` are linear, with ReLU between them."""
+    return mlp(norm(x))
+
+
+def norm_and_mlp(x: Tensor, norm: nn.LayerNorm, mlp: nn.Module) -> tuple[Tensor, Tensor]:
+    """norm(x) and mlp(norm(x)): (..., C) -> (..., C) and (..., D); as `mlp_of_norm`."""
+    normed = norm(x)
+    return normed, mlp(normed)

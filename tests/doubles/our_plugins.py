@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from mask2former.modeling import shape_ops
 from mask2former.modeling.pixel_decoder.ms_deform_attn_reference import ms_deform_attn_reference
-from mask2former.modeling.transformer_decoder import attention_core, attention_cuda
+from mask2former.modeling.transformer_decoder import attention_core, attention_cuda, mlp_cuda
 
 from .trt_api import Refused
 
@@ -324,12 +325,84 @@ class MaskProduct(OurPlugin):
         return (embed @ features.flatten(2)).unflatten(2, features.shape[2:])
 
 
+class Mlp(OurPlugin):
+    """Inputs: x (..., C), packed weights (words), biases of all layers, and the LayerNorm's weight and bias (2, C)."""
+
+    NAME = "D2TRTMlp"
+    FIELDS: ClassVar = {
+        **dict.fromkeys(("type", "x_type", "out_type", "normed_type"), int),
+        **dict.fromkeys(("layers", "channels", "hidden", "out", "after"), int),
+        "epsilon": float,
+    }
+
+    @property
+    def _widths(self) -> list[int]:
+        f = self.fields
+        return [f["channels"], *[f["hidden"]] * (f["layers"] - 1), f["out"]]
+
+    def possible(self):
+        f = self.fields
+        normed = f["normed_type"] == -1 or (self._is_type("normed_type") and f["after"] == 0)
+        dtype = {0: torch.float32, 1: torch.float16, 2: torch.bfloat16}.get(f["type"])
+        return (
+            self._is_type("x_type", "out_type")
+            and normed
+            and f["after"] in (0, 1)
+            and f["layers"] >= 1
+            and mlp_cuda.supported(self._widths, f["after"] == 1, dtype)
+            and f["epsilon"] >= 0
+        )
+
+    def input_types(self):
+        return [TYPE_NAMES[self.fields["x_type"]], "INT32", "FLOAT", "FLOAT"]
+
+    def output_types(self):
+        types = (self.fields["out_type"], self.fields["normed_type"])
+        return [TYPE_NAMES[t] for t in types if t != -1]
+
+    def _weights(self, words) -> list[torch.Tensor]:
+        """(out, in) of each layer from what csrc/mlp/mlp.h calls packed."""
+        exact, start, weights = self.fields["type"] == 0, 0, []
+        half = torch.float16 if self.fields["type"] == 1 else torch.bfloat16
+        numbers = words.to(torch.int32).view(half).float()
+        for i, o in itertools.pairwise(self._widths):
+            end = start + o * i * (2 if exact else 1)
+            part, start = numbers[start:end], end
+            # Eight output channels and four lanes' input channels in a block, of float32 as high and low parts.
+            if exact:
+                blocks = part.view(o // 8, i // 16, 8, 4, 2, 4).sum(4).flatten(3)
+            else:
+                blocks = part.view(o // 8, i // 32, 8, 32)
+            weights.append(blocks.transpose(1, 2).reshape(o, i))
+        return weights
+
+    def compute(self, x, words, biases, norm):
+        widths = self._widths
+        per_word = 1 if self.fields["type"] == 0 else 2
+        count = sum(i * o for i, o in itertools.pairwise(widths)) // per_word
+        shapes = (x.shape[-1:], words.shape, biases.shape, norm.shape)
+        if shapes != ((widths[0],), (count,), (sum(widths[1:]),), (2, widths[0])):
+            raise Refused(f"x, weights, biases and norm are {shapes}")
+
+        def normalized(v):
+            return F.layer_norm(v, (widths[0],), norm[0], norm[1], self.fields["epsilon"])
+
+        first = x if self.fields["after"] else normalized(x)
+        out, layers = first, list(zip(self._weights(words), biases.split(widths[1:])))
+        for i, (weight, bias) in enumerate(layers):
+            out = F.linear(out if i == 0 else out.relu(), weight, bias)
+        if self.fields["after"]:
+            return normalized(x + out)
+        return out if self.fields["normed_type"] == -1 else (out, first)
+
+
 KINDS = (
     Attention,
     GroupNorm,
     LayerNorm,
     LevelMaskFeatures,
     MaskProduct,
+    Mlp,
     MsDeformAttn,
     NormalizeImages,
     WindowAttention,

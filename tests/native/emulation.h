@@ -1,5 +1,6 @@
-// CUDA's execution model on a CPU, as far as csrc/attention/kernels.cuh needs it: a block's threads are fibers that take
-// turns, and switch where they would wait for each other. It takes the place of csrc/attention/primitives.cuh.
+// CUDA's execution model on a CPU, as far as csrc/attention/kernels.cuh needs it: the threads of a block, or of a cluster of
+// blocks, are fibers that take turns, and switch where they would wait for each other. It takes the place of
+// csrc/attention/primitives.cuh and csrc/mlp/cluster.cuh.
 //
 // Copies to shared memory happen when they are waited for, and shared memory holds not-a-number before, so that a missing
 // wait or barrier shows. What one warp does together happens when its last lane arrives; a block that cannot go on aborts.
@@ -38,7 +39,7 @@ struct BFloat16 {};
 
 namespace emulation {
 
-constexpr std::size_t kStack = 128 << 10;
+constexpr std::size_t kStack = 128 << 10, kClusterStack = 32 << 10;
 
 struct Lane {
     ucontext_t context;
@@ -48,25 +49,29 @@ struct Lane {
     std::deque<std::vector<std::function<void()>>> groups;
     std::uint32_t words[6];
     float* sum = nullptr;
-    bool done = false;
+    int cluster_generation = 0;  // of the meeting at which it arrived
+    bool begun = false, done = false;
 };
 
 struct Meeting {
     int arrived = 0, generation = 0;
 };
 
+// One block, or the blocks of a cluster, one after another.
 struct Block {
     ucontext_t scheduler;
     std::vector<Lane> lanes;
     std::vector<Meeting> warps;
-    Meeting all;
-    std::vector<std::uint64_t> shared;
+    std::vector<Meeting> blocks;
+    Meeting cluster;
+    std::vector<std::vector<std::uint64_t>> shared;
     int current = 0;
     bool moved = false;
 };
 inline Block* block = nullptr;
 
 inline Lane& lane() { return block->lanes[block->current]; }
+inline int rank() { return block->current / blockDim.x; }
 inline void yield() { swapcontext(&lane().context, &block->scheduler); }
 
 // Waits until `count` threads came; the last of them first does what they came for.
@@ -90,28 +95,32 @@ void meet_warp(Action&& action) {
 }
 
 inline void enter() {
+    lane().begun = true;
     (*lane().work)();
     lane().done = block->moved = true;
     swapcontext(&lane().context, &block->scheduler);
 }
 
-// Runs a kernel for every block of a grid. backwards: the last thread has the first turn.
-inline void run(Index grid, int threads, std::size_t shared_bytes, bool backwards, std::function<void()> const& kernel) {
+// Runs a kernel for every block of a grid, `cluster` of them along x at a time. backwards: the last thread has the first turn.
+inline void run(
+    Index grid, int threads, std::size_t shared_bytes, bool backwards, std::function<void()> const& kernel, int cluster = 1) {
     Block running;
-    running.lanes.resize(threads);
-    running.warps.resize(threads / 32);
-    for (Lane& l : running.lanes) l.stack.resize(kStack);
+    int const all = threads * cluster;
+    running.lanes.resize(all);
+    running.warps.resize(all / 32);
+    running.blocks.resize(cluster);
+    running.shared.resize(cluster);
+    for (Lane& l : running.lanes) l.stack.resize(cluster > 1 ? kClusterStack : kStack);
     block = &running;
     blockDim = {threads, 1, 1};
     gridDim = grid;
     for (int z = 0; z < grid.z; ++z) {
         for (int y = 0; y < grid.y; ++y) {
-            for (int x = 0; x < grid.x; ++x) {
-                blockIdx = {x, y, z};
-                running.shared.assign(shared_bytes / 8 + 2, ~std::uint64_t{0});
+            for (int x = 0; x < grid.x; x += cluster) {
+                for (auto& shared : running.shared) shared.assign(shared_bytes / 8 + 2, ~std::uint64_t{0});
                 for (Lane& l : running.lanes) {
                     l.work = &kernel;
-                    l.done = false;
+                    l.begun = l.done = false;
                     l.copies.clear();
                     l.groups.clear();
                     getcontext(&l.context);
@@ -123,11 +132,12 @@ inline void run(Index grid, int threads, std::size_t shared_bytes, bool backward
                 for (bool left = true; left;) {
                     left = false;
                     running.moved = false;
-                    for (int i = 0; i < threads; ++i) {
-                        running.current = backwards ? threads - 1 - i : i;
+                    for (int i = 0; i < all; ++i) {
+                        running.current = backwards ? all - 1 - i : i;
                         if (lane().done) continue;
                         left = true;
-                        threadIdx = {running.current, 0, 0};
+                        threadIdx = {running.current % threads, 0, 0};
+                        blockIdx = {x + running.current / threads, y, z};
                         swapcontext(&running.scheduler, &lane().context);
                     }
                     if (left && !running.moved) {
@@ -262,12 +272,37 @@ inline std::uint32_t ballot(bool holds) {
 }
 inline bool any_lane(bool holds) { return ballot(holds) != 0; }
 
-inline void sync_block() { emulation::meet(emulation::block->all, blockDim.x, [] {}); }
+inline void sync_block() { emulation::meet(emulation::block->blocks[emulation::rank()], blockDim.x, [] {}); }
 inline unsigned char* shared_memory() {
     // Aligned to 16 bytes.
-    auto const address = reinterpret_cast<std::uintptr_t>(emulation::block->shared.data());
+    auto const address = reinterpret_cast<std::uintptr_t>(emulation::block->shared[emulation::rank()].data());
     return reinterpret_cast<unsigned char*>((address + 15) / 16 * 16);
 }
+
+template <typename V>
+V* peer_memory(V* own, int rank) {
+    emulation::Lane const& peer = emulation::block->lanes[rank * blockDim.x];
+    if (!peer.begun || peer.done) {
+        std::fprintf(stderr, "a block whose memory is asked for %s\n", peer.done ? "has ended" : "has not begun");
+        std::abort();
+    }
+    auto const base = [](int of) {
+        auto const address = reinterpret_cast<std::uintptr_t>(emulation::block->shared[of].data());
+        return (address + 15) / 16 * 16;
+    };
+    return reinterpret_cast<V*>(reinterpret_cast<std::uintptr_t>(own) - base(emulation::rank()) + base(rank));
+}
+inline void cluster_arrive() {
+    emulation::Meeting& meeting = emulation::block->cluster;
+    emulation::block->moved = true;
+    emulation::lane().cluster_generation = meeting.generation;
+    if (++meeting.arrived == static_cast<int>(emulation::block->lanes.size())) meeting = {0, meeting.generation + 1};
+}
+inline void cluster_wait() {
+    while (emulation::block->cluster.generation == emulation::lane().cluster_generation) emulation::yield();
+    emulation::block->moved = true;
+}
+inline void prefetch(void const*) {}
 
 inline void copy_async(void* to, void const* from, bool clear) {
     auto const misaligned = (reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) % 16;

@@ -166,11 +166,9 @@ class FFNLayer(nn.Module):
 
     def forward(self, queries: Tensor) -> Tensor:
         """(B, Q, C) -> (B, Q, C)."""
-        x = self.norm(queries) if self.pre_norm else queries
-        update = self.linear2(fused_ops.linear_relu(x, self.linear1))
         if self.pre_norm:
-            return queries + update
-        return fused_ops.residual_layer_norm(queries, update, self.norm)
+            return queries + self.linear2(fused_ops.linear_relu(self.norm(queries), self.linear1))
+        return fused_ops.feed_forward(queries, self.linear1, self.linear2, self.norm)
 
 
 class MLP(nn.Module):

@@ -8,7 +8,7 @@ from detectron2.layers import Conv2d
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from .. import shape_ops
+from .. import fused_ops, shape_ops
 from . import attention_core
 from .attention import MLP, CrossAttentionLayer, FFNLayer, PixelMemory, SelfAttentionLayer
 from .position_encoding import PositionEmbeddingSine
@@ -150,10 +150,11 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         aux_outputs = []
         for i in range(self.num_layers):
             part, level = divmod(i, self.num_feature_levels)
-            normed = self.decoder_norm(queries)
-            mask_embed = self.mask_embed(normed)
             if self.training:
+                normed, mask_embed = fused_ops.norm_and_mlp(queries, self.decoder_norm, self.mask_embed)
                 aux_outputs.append(self._predict(normed, mask_embed, mask_features))
+            else:
+                mask_embed = fused_ops.mlp_of_norm(queries, self.decoder_norm, self.mask_embed)
             keys, values, level_mask_features = memories[level]
             queries = self.transformer_cross_attention_layers[i](
                 queries, query_pos, keys, values, part, mask_embed, level_mask_features
@@ -161,8 +162,8 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             queries = self.transformer_self_attention_layers[i](queries, query_pos)
             queries = self.transformer_ffn_layers[i](queries)
 
-        normed = self.decoder_norm(queries)
-        outputs = self._predict(normed, self.mask_embed(normed), mask_features)
+        normed, mask_embed = fused_ops.norm_and_mlp(queries, self.decoder_norm, self.mask_embed)
+        outputs = self._predict(normed, mask_embed, mask_features)
         if self.training:
             outputs["aux_outputs"] = aux_outputs
         return outputs

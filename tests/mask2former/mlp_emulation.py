@@ -1,0 +1,91 @@
+"""The kernel of csrc/mlp on a CPU, compiled by the host's compiler over tests/native/emulation.h."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from mask2former.modeling.transformer_decoder import mlp_cuda
+from tests.mask2former.attention_emulation import REPO, compiler
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+@functools.lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    folder = Path(tempfile.mkdtemp(prefix="mlp-emulation-"))
+    target = folder / "mlp.so"
+    flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", f"-I{REPO / 'csrc'}"]
+    source = REPO / "tests" / "native" / "mlp.cpp"
+    subprocess.run([compiler(), *flags, str(source), "-o", str(target)], check=True)
+    library = ctypes.CDLL(str(target))
+    shutil.rmtree(folder)
+    return library
+
+
+def _guarded(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy at an address that is a multiple of 16, between values that are no finite numbers."""
+    fill = -(2**31) if tensor.dtype == torch.int32 else float("nan")
+    around = torch.full((tensor.numel() + 256,), fill, dtype=tensor.dtype)
+    start = next(i for i in range(64, 80) if (around.data_ptr() + i * around.element_size()) % 16 == 0)
+    inner = around[start : start + tensor.numel()].view(tensor.shape)
+    return inner.copy_(tensor)
+
+
+def mlp(
+    x,
+    weights,
+    biases,
+    norm_weight,
+    norm_bias,
+    eps=1e-5,
+    *,
+    after,
+    dtype,
+    out_dtype=None,
+    normed_dtype=None,
+    parts=8,
+    multiprocessors=132,
+    shared_bytes=227 << 10,
+    backwards=False,
+    blocks=None,
+):
+    """mlp_cuda.mlp for tensors on the CPU, by clusters of at most so many parts.
+
+    blocks: how many blocks of 16 rows the plan must have in a tile.
+    """
+    widths = [x.shape[-1], *(len(weight) for weight in weights)]
+    nan = float("nan")
+    given = {
+        "x": _guarded(x),
+        "weights": _guarded(mlp_cuda.pack_weights(weights, dtype)),
+        "biases": _guarded(torch.cat([bias.float() for bias in biases])),
+        "norm": _guarded(torch.stack([norm_weight, norm_bias])),
+        "out": _guarded(torch.full((*x.shape[:-1], widths[-1]), nan, dtype=out_dtype or x.dtype)),
+        "normed": None if normed_dtype is None else _guarded(torch.full_like(x, nan, dtype=normed_dtype)),
+    }
+    types = [TYPES[t or torch.float32] for t in (dtype, x.dtype, out_dtype or x.dtype, normed_dtype)]
+    made = 0
+    while not made:
+        sizes = [parts, multiprocessors, shared_bytes, int(backwards), *types, int(after)]
+        sizes += [x.numel() // widths[0], len(weights), *widths]
+        made = _library().emulate_mlp(
+            *(ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in given.values()),
+            (ctypes.c_int32 * len(sizes))(*sizes),
+            ctypes.c_float(eps),
+        )
+        parts //= 2
+    assert blocks in (None, made)
+    for out in (given["out"], given["normed"]):
+        if out is not None:
+            around = out._base
+            assert around.isnan().sum() == around.numel() - out.numel(), (
+                "outside of the rows, or not all of them"
+            )
+    return given["out"], given["normed"]

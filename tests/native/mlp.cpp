@@ -1,0 +1,56 @@
+// The kernel of csrc/mlp on a CPU: tests/mask2former/mlp_emulation.py compiles and calls this.
+#include <math.h>
+
+#include <algorithm>
+
+#include "emulation.h"
+
+#include "mlp/kernel.cuh"
+
+namespace {
+
+using namespace d2_trt;
+
+template <typename O, int kBlocks>
+void run(MlpProblem const& p, bool backwards) {
+    Index const grid{p.plan.tiles * p.plan.parts, 1, 1};
+    emulation::run(grid, kMlpWarps * 32, p.plan.bytes, backwards, [&] { mlp_block<O, kBlocks>(p); }, p.plan.parts);
+}
+
+template <typename O>
+int run_plan(MlpProblem& p, std::int32_t const* sizes) {
+    p.chain.bytes = O::kBytes, p.chain.chunk = O::kChunk;
+    int const parts = sizes[0], multiprocessors = sizes[1], shared_bytes = sizes[2];
+    if (!mlp_divides(p.chain, parts)) return 0;
+    p.plan = mlp_plan(p.chain, p.rows, parts, multiprocessors, shared_bytes);
+    switch (p.plan.blocks) {
+        case 1: run<O, 1>(p, sizes[3] != 0); break;
+        case 2: run<O, 2>(p, sizes[3] != 0); break;
+        default: run<O, 4>(p, sizes[3] != 0); break;
+    }
+    return p.plan.blocks;
+}
+
+}  // namespace
+
+// The blocks of 16 rows in a tile; 0 where the parts do not divide the layers.
+// sizes: parts, multiprocessors, bytes of shared memory, backwards, type, types of x, out and normed, after, rows, layers,
+// widths.
+extern "C" int emulate_mlp(
+    void const* x, void const* weights, float const* biases, float const* norm, void* out, void* normed,
+    std::int32_t const* sizes, float epsilon) {
+    MlpProblem p{};
+    p.x = x, p.weights = static_cast<uint4 const*>(weights), p.biases = biases, p.norm = norm;
+    p.out = out, p.normed = normed;
+    p.x_type = sizes[5], p.out_type = sizes[6], p.normed_type = sizes[7];
+    p.chain.after = sizes[8] != 0;
+    p.rows = sizes[9];
+    p.chain.layers = sizes[10];
+    std::copy(sizes + 11, sizes + 12 + p.chain.layers, p.chain.widths);
+    p.epsilon = epsilon;
+    switch (sizes[4]) {
+        case 0: return run_plan<Operands<Split>>(p, sizes);
+        case 1: return run_plan<Operands<Half>>(p, sizes);
+        default: return run_plan<Operands<BFloat16>>(p, sizes);
+    }
+}
