@@ -19,7 +19,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch import Tensor
 
-# The work of an image is some 15 ms, a tenth of it under Python's lock: more threads than this have nothing to do.
+# More would mostly wait for Python's lock, which the model's thread needs too.
 _MOST_THREADS = 8
 # Images under way for each thread: one that it works on, one that waits.
 _IMAGES_PER_THREAD = 2
