@@ -451,6 +451,8 @@ def mlp(kernels: ModuleType, gpu: Gpu) -> None:
         norm = rng.standard_normal((2, widths[0])).astype(np.float32)
         biases = rng.standard_normal(sum(widths[1:])).astype(np.float32)
         for rows, dtype in itertools.product((1, 100, 803), DTYPES):
+            if dtype == "float32" and max(widths) > 1024:
+                continue  # there is no kernel: it is more than shared memory holds
             half = dtype if dtype != "float32" else "bfloat16"  # float32 is packed as two of these
             count = weights * (2 if dtype == "float32" else 1)
             types = {"dtype": dtype, "x_dtype": half, "out_dtype": "float32", "normed_dtype": half}
