@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from .dataset_mappers import build_train_mapper
 from .datasets.catalog import require_paths, require_registered
 from .errors import AnnotationError, naming
+from .workers import worker_context
 
 # Fields of metadata that name files or directories. json_file of a panoptic data set is not read in training.
 _PATHS = ("image_root", "image_dir", "gt_dir", "json_file", "panoptic_root", "panoptic_json", "sem_seg_root")
@@ -91,6 +92,7 @@ class TrainLoader:
             sampler=_Batches(keys, self.batch_size),
             batch_size=None,
             num_workers=self.num_workers,
+            multiprocessing_context=worker_context(self.num_workers),
             collate_fn=batch_to_bytes if self.num_workers else _as_is,
             # Its own, or its start would draw from the model's random numbers.
             generator=torch.Generator().manual_seed(self.seed),

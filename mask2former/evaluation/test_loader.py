@@ -10,6 +10,7 @@ from detectron2.data.samplers import InferenceSampler
 from torch.utils.data import BatchSampler, DataLoader
 
 from ..data.errors import AnnotationError, naming
+from ..data.workers import worker_context
 
 
 def build_test_loader(
@@ -42,6 +43,7 @@ def build_test_loader(
         dataset,
         batch_sampler=BatchSampler(sampler, batch_size, drop_last=False),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        multiprocessing_context=worker_context(cfg.DATALOADER.NUM_WORKERS),
         collate_fn=_as_list,
     )
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +105,23 @@ def test_processes_share_the_images_and_the_batch(monkeypatch):
         parts.append([x for batch in batches(build_train_loader(make_cfg()), 4) for x in batch])
     assert [len(part) for part in parts] == [4, 4, 4]
     assert len({x["image_id"] for part in parts for x in part}) == 12
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+def test_workers_of_a_job_are_forked_though_its_processes_are_spawned(monkeypatch):
+    """Spawned ones would be sent the mapper, and import PyTorch one after the other."""
+    one = batches(build_train_loader(make_cfg("SOLVER.IMS_PER_BATCH", 2)), 2)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(comm, "all_gather", lambda x: [x])
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        loader = build_train_loader(make_cfg("DATALOADER.NUM_WORKERS", 2, "SOLVER.IMS_PER_BATCH", 4))
+        mapper = loader.mapper
+        loader.mapper = lambda record: mapper(record)  # not to be pickled
+        assert [len(batch) for batch in batches(loader, 2)] == [len(batch) for batch in one]
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_random_numbers_outside_go_on_as_if_nothing_had_been_drawn():
