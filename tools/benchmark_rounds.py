@@ -154,8 +154,11 @@ def _run_stage(able: list[tuple[_Member, dict]], stage: str, args, report: Repor
         row = {**able[place][1], "stage": stage, "rounds": rounds, **summary(times, parts[0]["images"])}
         if parts[0]["call_mib"] != "":
             resident = parts[-1]["resident_mib"]
-            row["resident_mib"] = round(resident)
-            row["peak_mib"] = round(resident + max(part["call_mib"] for part in parts))
+            if resident >= 0:
+                row["resident_mib"] = round(resident)
+                row["peak_mib"] = round(resident + max(part["call_mib"] for part in parts))
+            else:  # it is what the whole GPU's memory grew by
+                row["note"] = "; ".join(filter(None, (row.get("note"), "memory: other processes freed some")))
         rows.append(row)
     return rows
 

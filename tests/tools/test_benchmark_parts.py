@@ -105,6 +105,15 @@ def test_configurations_take_turns_and_each_round_starts_with_another(turns):
     assert {(row["peak_mib"], row["resident_mib"]) for row in report.rows} == {(15, 5)}
 
 
+def test_no_memory_is_told_where_other_processes_freed_some(turns, monkeypatch):
+    less = {"times": [1.0], "images": 1, "call_mib": 10.0, "resident_mib": -7.0}
+    monkeypatch.setattr(FakeBench, "measure", lambda *_: less)
+    _, report = turns("a", iterations=1)
+    (row,) = report.rows
+    assert "resident_mib" not in row and "peak_mib" not in row
+    assert row["note"] == "memory: other processes freed some"
+
+
 def test_configurations_alone_where_asked(turns):
     log, report = turns("ab", no_interleave=True)
     assert [e[:2] for e in log if e[0] in ("install", "uninstall")] == [
