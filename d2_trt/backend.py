@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import builder, cache_key, compat, parity, plugin
+from .build_spec import BuildSpec, default_fp32_modules
 from .cache import BuiltEngine, CacheEntry, EngineCache
 from .cache_timing import TimingCache
 from .engine import Engine
@@ -296,7 +297,7 @@ class TensorRTBackend:
         return entry, made[0] if made and entry.built else None
 
     def _build(
-        self, shapes: ShapeRange, spec: builder.BuildSpec, identity: dict[str, Any], images: Tensor | None
+        self, shapes: ShapeRange, spec: BuildSpec, identity: dict[str, Any], images: Tensor | None
     ) -> tuple[BuiltEngine, Engine]:
         options = self.options
         logger.info("Building the TensorRT engine for %s; this takes minutes, once", shapes.describe())
@@ -333,7 +334,7 @@ class TensorRTBackend:
         options = self.options
         return Engine(plan, self._model.device, options.max_cuda_graphs if options.cuda_graphs else 0)
 
-    def _spec(self, shapes: ShapeRange, capability: tuple[int, int]) -> builder.BuildSpec:
+    def _spec(self, shapes: ShapeRange, capability: tuple[int, int]) -> BuildSpec:
         options = self.options
         if options.precision == "bf16" and not compat.strongly_typed():
             raise MissingDependencyError(
@@ -343,12 +344,12 @@ class TensorRTBackend:
         choices = {
             n.lower(): plugin.resolve(n, getattr(options, n.lower()), capability) for n in plugin.OPTIONS
         }
-        return builder.BuildSpec(
+        return BuildSpec(
             min_shape=shapes.min,
             opt_shape=shapes.opt,
             max_shape=shapes.max,
             precision=options.precision,
-            fp32_modules=options.resolve_fp32_modules(builder.default_fp32_modules(choices["attention"])),
+            fp32_modules=options.resolve_fp32_modules(default_fp32_modules(choices["attention"])),
             **choices,
             workspace_bytes=options.workspace_bytes,
             opt_level=options.opt_level,
@@ -363,9 +364,7 @@ class TensorRTBackend:
             "compute_capability": torch.cuda.get_device_capability(device),
         }
 
-    def _ingredients(
-        self, shapes: ShapeRange, spec: builder.BuildSpec, identity: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _ingredients(self, shapes: ShapeRange, spec: BuildSpec, identity: dict[str, Any]) -> dict[str, Any]:
         import detectron2
 
         here = Path(__file__).parent
@@ -375,7 +374,7 @@ class TensorRTBackend:
         return cache_key.key_ingredients(
             weights=self._weights,
             config=config,
-            options=self.options.graph_key(builder.default_fp32_modules(spec.attention)),
+            options=self.options.graph_key(default_fp32_modules(spec.attention)),
             shapes=shapes,
             versions={
                 "d2_trt": cache_key.source_digest(here),

@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import gc
 import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from . import compat, progress
+from .build_failure import build_failure, memory_hint
 from .build_report import BuildReport
+from .build_spec import BuildSpec, check_precision, precision_policy
 from .converters import Graph, Guard, converter_table
-from .errors import BuildError, MissingDependencyError, first_line
+from .errors import BuildError, first_line
 
 logger = logging.getLogger(__name__)
 
 INPUT = "images"
 OUTPUTS = ("pred_logits", "pred_masks")
-
-# Kept in float32 at lower precisions, as patterns over module names ("=" in front: without the modules below).
-DEFAULT_FP32_MODULES = (
-    "sem_seg_head.predictor*",
-    "*.self_attn.core",
-    "*.pe_layer",
-)
-# The same where our plugin computes the decoder's attention. It sums in float32, so that projections and feed-forward layers
-# may be in half precision; what says where a query attends, and what leaves the decoder, may not.
-FP32_MODULES_WITH_ATTENTION = (
-    "=sem_seg_head.predictor",
-    "sem_seg_head.predictor.decoder_norm",
-    "sem_seg_head.predictor.mask_embed",
-    "sem_seg_head.predictor.class_embed",
-    "*.self_attn.core",
-    "*.pe_layer",
-)
 
 
 class Core(nn.Module):
@@ -51,40 +34,6 @@ class Core(nn.Module):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.model.core(images)
-
-
-def default_fp32_modules(attention: str) -> tuple[str, ...]:
-    """What "default" in MODEL.TENSORRT.FP32_MODULES stands for.
-
-    Args:
-        attention: what computes the decoder's attention, "plugin" or "native".
-    """
-    return FP32_MODULES_WITH_ATTENTION if attention == "plugin" else DEFAULT_FP32_MODULES
-
-
-@dataclass(frozen=True)
-class BuildSpec:
-    """What decides an engine beside the weights. Shapes are (batch, height, width) of the padded images."""
-
-    min_shape: tuple[int, int, int]
-    opt_shape: tuple[int, int, int]
-    max_shape: tuple[int, int, int]
-    precision: str = "fp32"
-    fp32_modules: tuple[str, ...] = DEFAULT_FP32_MODULES
-    msda: str = "stock"
-    normalization: str = "native"
-    attention: str = "native"
-    workspace_bytes: int = 0
-    opt_level: int = 3
-
-    @property
-    def dynamic(self) -> bool:
-        return self.min_shape != self.max_shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that unpinned modules compute in."""
-        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision, torch.float32)
 
 
 def trt_logger(hear: Callable[[str], None] | None = None):
@@ -120,27 +69,6 @@ def trt_logger(hear: Callable[[str], None] | None = None):
             target.log(levels[level], message)
 
     return Bridge()
-
-
-def pattern_covers(pattern: str, name: str) -> bool:
-    """Whether an entry of FP32_MODULES covers a module: it and all below it, or with "=" in front it alone."""
-    if pattern.startswith("="):
-        return fnmatch.fnmatchcase(name, pattern[1:])
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + ".*")
-
-
-def precision_policy(spec: BuildSpec) -> Callable[[str], torch.dtype]:
-    """Module name -> the type it computes in."""
-    cache: dict[str, torch.dtype] = {}
-
-    def dtype(name: str) -> torch.dtype:
-        name = name.removeprefix("model.")  # patterns are over the model's own names, which Core prefixes
-        if name not in cache:
-            pinned = any(pattern_covers(pattern, name) for pattern in spec.fp32_modules)
-            cache[name] = torch.float32 if pinned else spec.dtype
-        return cache[name]
-
-    return dtype
 
 
 def trace(network, config, core: Core, images: torch.Tensor, spec: BuildSpec) -> Graph:
@@ -231,7 +159,7 @@ def build_engine(
     except torch.cuda.OutOfMemoryError as error:
         raise BuildError(
             f"the GPU's memory ran out while the model was traced ({first_line(error)})"
-            f"{_memory_hint(spec, images.device)}"
+            f"{memory_hint(spec, images.device)}"
         ) from error
     # torch2trt's context and the converter table refer to each other, and hold a copy of all weights between them.
     gc.collect()
@@ -296,27 +224,6 @@ def _build(
     for line in report.lines():
         logger.info(line)
     return plan, report, bytes(cache.serialize())
-
-
-def check_precision(spec: BuildSpec, device: torch.device) -> None:
-    """See that TensorRT and the GPU have the precision, before minutes are spent.
-
-    Raises:
-        MissingDependencyError: they have not.
-    """
-    if spec.precision != "bf16":
-        return
-    if not compat.strongly_typed():
-        raise MissingDependencyError(
-            "MODEL.TENSORRT.PRECISION is 'bf16', which needs TensorRT 10 or newer; this is "
-            f"{compat.tensorrt().__version__}. Set it to fp16, tf32 or fp32."
-        )
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
-        raise MissingDependencyError(
-            "MODEL.TENSORRT.PRECISION is 'bf16', which needs a GPU of compute capability 8.0 or higher; "
-            f"{torch.cuda.get_device_name(device)} has {major}.{minor}. Set it to fp16 or fp32."
-        )
 
 
 def _use_timings(config, timings: bytes):
@@ -389,52 +296,6 @@ def _precisions(layers: Iterable, graph: Graph) -> dict[str, int]:
             kind = output.dtype if graph.strong or not layer.precision_is_set else layer.precision
             count[kind.name] += 1
     return dict(count)
-
-
-def build_failure(
-    messages: Iterable[str],
-    spec: BuildSpec,
-    warnings: Iterable[str] = (),
-    device: torch.device | None = None,
-) -> str:
-    """What to tell of a build that gave nothing.
-
-    Args:
-        messages, warnings: TensorRT's, which name layers by their modules' paths.
-        device: the GPU, to tell what is free of it.
-    """
-    messages, warnings = list(messages), list(warnings)
-    about_memory = [w for w in warnings if _is_about_memory(w)]
-    text = "\n  ".join([*about_memory[-2:], *messages[-5:]]) or "TensorRT gave no reason"
-    hint = ""
-    if about_memory or any(map(_is_about_memory, messages)):
-        hint = _memory_hint(spec, device)
-    return f"TensorRT built no engine for {spec}:\n  {text}{hint}"
-
-
-def _is_about_memory(message: str) -> bool:
-    message = message.lower()
-    words = ("out of memory", "outofmemory", "insufficient memory", "gpu memory", "workspace", "cudamalloc")
-    return any(word in message for word in words)
-
-
-def _memory_hint(spec: BuildSpec, device: torch.device | None) -> str:
-    """Which keys to change where memory ran out. Their present values are those of the spec."""
-    batch, height, width = spec.max_shape
-    free = ""
-    if device is not None and device.type == "cuda":
-        available, total = torch.cuda.mem_get_info(device)
-        free = f", of which {available / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
-    limit = ""
-    if spec.workspace_bytes:
-        limit = (
-            f" Where it is TensorRT's scratch memory that does not suffice, raise MODEL.TENSORRT.WORKSPACE (now "
-            f"{spec.workspace_bytes / 2**30:g} GiB) or set it to 0.0, which is no limit."
-        )
-    return (
-        f"\nLower MODEL.TENSORRT.MAX_BATCH_SIZE (now {batch}), the largest size in MODEL.TENSORRT.SHAPES (now "
-        f"{height}x{width}) or MODEL.TENSORRT.WORKSPACE, or free memory of the GPU{free}.{limit}"
-    )
 
 
 @contextlib.contextmanager

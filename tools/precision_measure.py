@@ -28,7 +28,7 @@ from precision_images import search_batches, source_name
 from precision_strategy import Block, find_blocks, shortened
 
 from d2_trt import plugin
-from d2_trt.builder import default_fp32_modules, pattern_covers
+from d2_trt.build_spec import default_fp32_modules, pattern_covers
 from d2_trt.errors import MissingDependencyError
 from d2_trt.options import TensorRTOptions
 from d2_trt.parity import Comparison, exact_float32

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from precision_emulation import OperationTimes
 
-from d2_trt.builder import pattern_covers
+from d2_trt.build_spec import pattern_covers
 from d2_trt.options import VerifyOptions
 
 # Modules that are taken apart: each of their children is a block, and so are the operations of their own.

@@ -16,6 +16,8 @@ from torch import nn
 from d2_trt import backend as backend_module
 from d2_trt import builder, compat, plugin
 from d2_trt.backend import TensorRTBackend
+from d2_trt.build_report import BuildReport
+from d2_trt.build_spec import BuildSpec
 from d2_trt.cuda_graphs import GraphCache
 from d2_trt.errors import BuildError
 from mask2former import get_mask2former_cfg
@@ -57,7 +59,7 @@ class Workshop:
     """
 
     def __init__(self):
-        self.built: list[builder.BuildSpec] = []
+        self.built: list[BuildSpec] = []
         self.traced: list[torch.Tensor] = []
         self.timings: list[bytes] = []
         self.deserialized = 0
@@ -80,7 +82,7 @@ class Workshop:
         self.models[number] = copy.deepcopy(model)
         modes = {"autocast": torch.is_autocast_enabled("cpu"), "inference": torch.is_inference_mode_enabled()}
         plan = json.dumps({"number": number, **modes}).encode()
-        return plan, builder.BuildReport(engine_bytes=len(plan), layers={"CONVOLUTION": 1}), b"timings"
+        return plan, BuildReport(engine_bytes=len(plan), layers={"CONVOLUTION": 1}), b"timings"
 
     def engine(self, plan, device, max_graphs=0):
         self.deserialized += 1

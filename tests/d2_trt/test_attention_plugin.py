@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from d2_trt import builder, compat, plugin
-from d2_trt.builder import BuildSpec, precision_policy
+from d2_trt.build_spec import BuildSpec, default_fp32_modules, precision_policy
 from mask2former.modeling.transformer_decoder import MultiScaleMaskedTransformerDecoder, attention_core
 from tests.d2_trt.test_conversion import (  # noqa: F401
     DYNAMIC,
@@ -63,7 +63,7 @@ class Decoder(nn.Module):
 
 
 def with_attention(shapes, precision="fp16", **others) -> BuildSpec:
-    pins = builder.default_fp32_modules("plugin")
+    pins = default_fp32_modules("plugin")
     return BuildSpec(**shapes, attention="plugin", precision=precision, fp32_modules=pins, **others)
 
 
@@ -142,7 +142,7 @@ def test_mask_features_are_read_as_the_convolution_leaves_them(registered, monke
 
 def test_mask_features_in_float32_keep_tensorrts_own_layers(registered, monkeypatch):  # noqa: F811
     decoder = Decoder()
-    pins = (*builder.default_fp32_modules("plugin"), "features.3")
+    pins = (*default_fp32_modules("plugin"), "features.3")
     spec = BuildSpec(**DYNAMIC, attention="plugin", precision="fp16", fp32_modules=pins)
     network = trace(registered, builder.Core(decoder), spec, monkeypatch)
     assert not layers_of(network, plugin.LEVEL_MASK_FEATURES) and not layers_of(network, plugin.MASK_PRODUCT)
@@ -216,7 +216,7 @@ def test_what_decides_a_mask_is_kept_in_float32():
     ):
         assert policy(part + name) == F16, name
     native = precision_policy(
-        BuildSpec(**STATIC, precision="fp16", fp32_modules=builder.default_fp32_modules("native"))
+        BuildSpec(**STATIC, precision="fp16", fp32_modules=default_fp32_modules("native"))
     )
     assert native(part + "transformer_ffn_layers.2.norm") == F32
 

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from d2_trt import builder, compat
-from d2_trt.builder import BuildSpec
+from d2_trt.build_failure import build_failure
+from d2_trt.build_spec import BuildSpec, check_precision
 from d2_trt.errors import BuildError, ConversionError, MissingDependencyError
 from tests.doubles import conversion
 from tests.doubles.fixtures import trt_double as trt  # noqa: F401
@@ -199,7 +200,7 @@ def test_build_that_runs_out_of_memory_tells_what_to_lower(trt, message, monkeyp
 
 def test_hint_tells_what_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 80 << 30))
-    text = builder.build_failure(["out of memory"], SPEC, device=torch.device("cuda"))
+    text = build_failure(["out of memory"], SPEC, device=torch.device("cuda"))
     assert "free memory of the GPU, of which 1.0 of 80.0 GiB are free" in text and "raise" not in text
 
 
@@ -227,7 +228,7 @@ def test_bf16_needs_tensorrt_10_and_a_gpu_that_has_it(trt, monkeypatch):  # noqa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(MissingDependencyError, match=r"PRECISION is 'bf16'.*8\.0.*Tesla T4 has 7\.5.*fp16"):
-        builder.check_precision(spec, torch.device("cuda"))
+        check_precision(spec, torch.device("cuda"))
 
 
 def test_fp16_on_a_gpu_that_gains_nothing_from_it_is_warned_of(trt, monkeypatch, caplog):  # noqa: F811

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from d2_trt import builder, compat
-from d2_trt.builder import BuildSpec
+from d2_trt.build_spec import BuildSpec
 from d2_trt.converters import Graph
 from mask2former.modeling import shape_ops
 from mask2former.modeling.transformer_decoder.position_encoding import PositionEmbeddingSine

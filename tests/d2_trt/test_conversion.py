@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from d2_trt import builder, compat
-from d2_trt.builder import BuildSpec
+from d2_trt.build_spec import BuildSpec
 from d2_trt.errors import ConversionError
 from mask2former.modeling import shape_ops
 from tests.doubles import conversion

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from d2_trt import builder, compat, cuda_graphs
+from d2_trt.build_spec import BuildSpec
 from d2_trt.cuda_graphs import RUNS_TO_REPLACE, CapturedRun, GraphCache
 from d2_trt.engine import Engine
 from d2_trt.errors import BuildError
@@ -231,7 +232,7 @@ def test_config_says_how_many_graphs_an_engine_keeps(workshop, options, most):  
 def gpu_engine():
     """(plan, model) of a mini model for 1 to 2 images of 64x64 to 160x160."""
     model = mini_model("resnet50-mini")
-    spec = builder.BuildSpec(
+    spec = BuildSpec(
         min_shape=(1, 64, 64), opt_shape=(1, 96, 128), max_shape=(2, 160, 160), opt_level=0, precision="fp32"
     )
     images = torch.rand(1, 3, 96, 128).cuda() * 255

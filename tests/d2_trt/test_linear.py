@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2_trt.builder import BuildSpec
+from d2_trt.build_spec import BuildSpec
 from mask2former.modeling import fused_ops
 from tests.d2_trt.test_conversion import DYNAMIC, OTHERS, STATIC, TRACED, random_images, trace
 from tests.doubles.fixtures import trt_double as trt  # noqa: F401

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from d2_trt import builder, compat, plugin
-from d2_trt.builder import BuildSpec
+from d2_trt.build_spec import BuildSpec
 from mask2former.modeling import fused_ops
 from mask2former.modeling.transformer_decoder import mlp_cuda
 from mask2former.modeling.transformer_decoder.attention import MLP, FFNLayer

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from d2_trt import builder, compat, plugin
-from d2_trt.builder import BuildSpec
+from d2_trt.build_spec import BuildSpec, default_fp32_modules
 from d2_trt.converters import Graph
 from mask2former.modeling import fused_ops
 from mask2former.modeling.transformer_decoder.position_encoding import PositionEmbeddingSine
@@ -122,7 +122,7 @@ def test_model_in_half_precision_gives_the_plugins_half_precision(registered, mo
     """Also where TensorRT 8.6 calls a tensor float32 that was only moved."""
     model = mini_model("resnet50-mini").cpu()
     plugins = {"normalization": "plugin", "msda": "plugin", "attention": "plugin"}
-    pins = builder.default_fp32_modules("plugin")
+    pins = default_fp32_modules("plugin")
     spec = BuildSpec(**STATIC, **plugins, precision="fp16", fp32_modules=pins)
     network = trace(registered, builder.Core(model), spec, monkeypatch)
     layers = by_module(network)

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from d2_trt import builder, compat, plugin
-from d2_trt.builder import BuildSpec
+from d2_trt.build_spec import DEFAULT_FP32_MODULES, BuildSpec
 from d2_trt.converters import Graph
 from d2_trt.errors import MissingDependencyError
 from tests.d2_trt.test_conversion import DYNAMIC, OTHERS, STATIC, TRACED, errors, model, random_images, trace  # noqa: F401
@@ -99,7 +99,7 @@ def test_plugin_gets_the_types_that_the_policy_gives_its_neighbours(
     if precision == "bf16" and not compat.strongly_typed():
         pytest.skip("bfloat16 needs TensorRT 10")
     model = mini_model("resnet50-mini").cpu()  # noqa: F811
-    pins = builder.DEFAULT_FP32_MODULES + pinned
+    pins = DEFAULT_FP32_MODULES + pinned
     spec = BuildSpec(**STATIC, msda="plugin", precision=precision, fp32_modules=pins)
     network = trace(registered, builder.Core(model), spec, monkeypatch)
     for layer in plugin_layers(network):

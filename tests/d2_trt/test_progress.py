@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from d2_trt import builder, compat, progress
+from d2_trt.build_spec import BuildSpec
 from d2_trt.progress import Progress
 from tests.conftest import REPO_ROOT
 from tests.doubles.fixtures import trt_double as trt  # noqa: F401
@@ -219,7 +220,7 @@ def test_process_ends_at_once_beside_a_build_and_as_always_after_it(seconds, pau
 
 
 def build_mini():
-    spec = builder.BuildSpec((1, 64, 64), (1, 96, 128), (2, 256, 256), precision="fp16")
+    spec = BuildSpec((1, 64, 64), (1, 96, 128), (2, 256, 256), precision="fp16")
     return builder.build_engine(mini_model("resnet50-mini"), spec, torch.rand(1, 3, 96, 128).cuda() * 255)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from d2_trt import builder
+from d2_trt.build_spec import BuildSpec
 from d2_trt.errors import BuildError, EngineShapeError
 from d2_trt.profiler import EngineProbe
 from d2_trt.report import (
@@ -289,7 +290,7 @@ def plan(trt, monkeypatch) -> bytes:  # noqa: F811
 
     monkeypatch.setattr(trt.Builder, "create_network", create_network, raising=False)
     images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 255
-    return builder.build_engine(mini_model("resnet50-mini").cpu(), builder.BuildSpec(**shapes), images)[0]
+    return builder.build_engine(mini_model("resnet50-mini").cpu(), BuildSpec(**shapes), images)[0]
 
 
 def test_engine_is_inspected_and_timed(plan):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from d2_trt import builder, compat, plugin
-from d2_trt.builder import BuildSpec
+from d2_trt.build_spec import BuildSpec
 from mask2former.modeling.backbone.swin import BasicLayer
 from tests.d2_trt.test_conversion import DYNAMIC, OTHERS, STATIC, TRACED, random_images, trace
 from tests.d2_trt.test_plugin import plugin_layers, real, registered  # noqa: F401

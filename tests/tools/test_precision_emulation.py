@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from d2_trt import builder
-from d2_trt.builder import BuildSpec, precision_policy
+from d2_trt.build_spec import BuildSpec, precision_policy
 from mask2former.modeling import fused_ops
 from mask2former.modeling.transformer_decoder import attention_core
 from mask2former.modeling.transformer_decoder.position_encoding import PositionEmbeddingSine

@@ -14,7 +14,7 @@ from precision_emulation import OperationTimes
 from precision_strategy import Block, Wanted, find_blocks, ranked, search, shortened
 
 from d2_trt import plugin
-from d2_trt.builder import BuildSpec, default_fp32_modules, pattern_covers, precision_policy
+from d2_trt.build_spec import BuildSpec, default_fp32_modules, pattern_covers, precision_policy
 from d2_trt.options import VerifyOptions
 from mask2former import get_mask2former_cfg
 from tests.d2_trt.backend_helpers import workshop as workshop

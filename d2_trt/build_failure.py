@@ -1,0 +1,55 @@
+"""What to tell of a build that failed, and which keys to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from .build_spec import BuildSpec
+
+
+def build_failure(
+    messages: Iterable[str],
+    spec: BuildSpec,
+    warnings: Iterable[str] = (),
+    device: torch.device | None = None,
+) -> str:
+    """What to tell of a build that gave nothing.
+
+    Args:
+        messages, warnings: TensorRT's, which name layers by their modules' paths.
+        device: the GPU, to tell what is free of it.
+    """
+    messages, warnings = list(messages), list(warnings)
+    about_memory = [w for w in warnings if _is_about_memory(w)]
+    text = "\n  ".join([*about_memory[-2:], *messages[-5:]]) or "TensorRT gave no reason"
+    hint = ""
+    if about_memory or any(map(_is_about_memory, messages)):
+        hint = memory_hint(spec, device)
+    return f"TensorRT built no engine for {spec}:\n  {text}{hint}"
+
+
+def memory_hint(spec: BuildSpec, device: torch.device | None) -> str:
+    """Which keys to change where memory ran out. Their present values are those of the spec."""
+    batch, height, width = spec.max_shape
+    free = ""
+    if device is not None and device.type == "cuda":
+        available, total = torch.cuda.mem_get_info(device)
+        free = f", of which {available / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
+    limit = ""
+    if spec.workspace_bytes:
+        limit = (
+            f" Where it is TensorRT's scratch memory that does not suffice, raise MODEL.TENSORRT.WORKSPACE (now "
+            f"{spec.workspace_bytes / 2**30:g} GiB) or set it to 0.0, which is no limit."
+        )
+    return (
+        f"\nLower MODEL.TENSORRT.MAX_BATCH_SIZE (now {batch}), the largest size in MODEL.TENSORRT.SHAPES (now "
+        f"{height}x{width}) or MODEL.TENSORRT.WORKSPACE, or free memory of the GPU{free}.{limit}"
+    )
+
+
+def _is_about_memory(message: str) -> bool:
+    message = message.lower()
+    words = ("out of memory", "outofmemory", "insufficient memory", "gpu memory", "workspace", "cudamalloc")
+    return any(word in message for word in words)
