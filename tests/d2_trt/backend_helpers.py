@@ -143,3 +143,11 @@ def make_backend(model=None, **options) -> TensorRTBackend:
 def images(batch: int = 1, height: int = 64, width: int = 96) -> torch.Tensor:
     rng = torch.Generator().manual_seed(batch + height + width)
     return torch.rand(batch, 3, height, width, generator=rng) * 255
+
+
+def equal(actual, expected) -> bool:
+    return all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def entries(tmp_path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "d2_trt").glob("*.engine"))

@@ -1,0 +1,149 @@
+"""What the "tensorrt" backend does where TensorRT, a plugin, the GPU or an option is not to be had, and what it tells."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from d2_trt import compat, plugin
+from d2_trt.backend import TensorRTBackend
+from d2_trt.errors import BuildError, MissingDependencyError, OptionsError, ParityError
+from tests.d2_trt.backend_helpers import TinyModel, entries, equal, images, make_backend, make_cfg
+from tests.d2_trt.backend_helpers import workshop as workshop
+
+
+def test_engine_that_disagrees_is_not_kept_and_says_where(workshop, tmp_path):
+    workshop.disturb = lambda logits, masks: (logits, masks + 0.5 * (masks.shape[-1] == 32))
+    backend = make_backend()
+    for _ in range(2):  # the second call does not build for minutes to fail again
+        with pytest.raises(ParityError, match=r"at 1x3x128x128: pred_masks: mask error.*MAX_MASK_ERROR"):
+            backend(images())
+    assert len(workshop.built) == 1 and entries(tmp_path) == []
+    assert not list((tmp_path / "d2_trt").glob("*.json"))
+
+
+def test_unchecked_engine_is_used_as_it_is(workshop):
+    workshop.disturb = lambda logits, masks: (logits, -masks)
+    backend = make_backend(VERIFY__ENABLED=False)
+    assert equal(backend(images())[1:], [-TinyModel().core(images())[1]])
+    assert backend.describe()["engines"][0]["parity"] == {}
+
+
+def test_failure_falls_back_with_one_warning_and_says_so(workshop, caplog):
+    workshop.fail = BuildError("TensorRT built nothing\n  details")
+    model = TinyModel()
+    backend = make_backend(model, ON_ERROR="torch")
+    backend.prepare()
+    for _ in range(3):
+        assert equal(backend(images()), model.core(images()))
+    assert len(workshop.built) == 1 and caplog.text.count("TensorRT built nothing") == 1
+    told = backend.describe()
+    assert told["backend"] == "torch (fallback: TensorRT built nothing)"
+    assert told["images"] == {"tensorrt": 0, "torch": 3}
+    assert "MODEL.TENSORRT.ON_ERROR" in told["reasons"][0]
+    json.dumps(told)
+
+
+def test_other_weights_get_another_try(workshop):
+    workshop.fail = BuildError("no")
+    model = TinyModel(0)
+    backend = make_backend(model, ON_ERROR="torch")
+    backend(images())
+    workshop.fail = None
+    model.load_state_dict(TinyModel(1).state_dict())
+    backend(images())
+    told = backend.describe()
+    assert told["backend"] == "tensorrt" and told["images"] == {"tensorrt": 1, "torch": 1}
+
+
+def test_static_size_that_fails_leaves_the_others_alone(workshop):
+    backend = make_backend(STATIC=True, ON_ERROR="torch")
+    workshop.fail = BuildError("no")
+    backend(images(1, 64, 64))
+    workshop.fail = None
+    backend(images(1, 64, 96))
+    backend(images(1, 64, 64))
+    assert backend.describe()["images"] == {"tensorrt": 1, "torch": 2}
+    assert len(workshop.built) == 2
+
+
+def test_out_of_memory_says_what_to_lower(workshop):
+    workshop.fail = torch.cuda.OutOfMemoryError("Tried to allocate 3 GiB")
+    with pytest.raises(BuildError, match=r"3 GiB.*MAX_BATCH_SIZE.*MODEL\.TENSORRT\.SHAPES"):
+        make_backend().prepare()
+
+
+def test_plugin_that_is_not_built(workshop, monkeypatch, tmp_path):
+    monkeypatch.setattr(plugin, "library", lambda: tmp_path / "libd2_trt_plugins_trt10.so")
+    with pytest.raises(
+        MissingDependencyError, match=r"MSDA 'plugin' needs libd2_trt_plugins_trt10\.so.*setup\.py build_ext"
+    ):
+        make_backend(MSDA="plugin").prepare()
+
+
+def test_plugin_is_taken_where_it_is_built(workshop, monkeypatch):
+    make_backend().prepare()
+    monkeypatch.setattr(plugin, "is_built", lambda: True)
+    monkeypatch.setattr(plugin, "load", lambda option: None)
+    backend = make_backend()
+    entry = backend.entry(backend.options.shapes)  # not the stock plugin's
+    made_by = entry.sidecar["ingredients"]["plugins"]
+    assert made_by["MSDA"] == "D2TRTMSDeformAttn 2"
+    # Every plugin's version counts.
+    assert all(str(kind) in made_by[kind.option] for kind in plugin.PLUGINS)
+    make_backend(MSDA="stock").prepare()
+    monkeypatch.setattr(compat, "plugin_creator", lambda name, *rest: None)
+    monkeypatch.setattr(plugin, "is_built", lambda: False)
+    make_backend().prepare()
+    assert [spec.msda for spec in workshop.built] == ["stock", "plugin", "stock", "native"]
+
+
+def test_attention_is_tensorrts_own_on_a_gpu_without_the_plugins_instructions(workshop, monkeypatch):
+    monkeypatch.setattr(plugin, "is_built", lambda: True)
+    monkeypatch.setattr(plugin, "load", lambda option: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    make_backend().prepare()
+    (spec,) = workshop.built
+    assert (spec.attention, spec.normalization, spec.msda) == ("native", "plugin", "plugin")
+    with pytest.raises(
+        MissingDependencyError, match=r"ATTENTION 'plugin' needs .* 8\.0 .* 7\.5: set MODEL\.TENSORRT"
+    ):
+        make_backend(ATTENTION="plugin").prepare()
+
+
+def test_bf16_needs_tensorrt_10(workshop, monkeypatch):
+    monkeypatch.setattr(compat, "strongly_typed", lambda: False)
+    with pytest.raises(MissingDependencyError, match=r"'bf16', which needs TensorRT 10.*Set it to fp16"):
+        make_backend(PRECISION="bf16").prepare()
+    monkeypatch.setattr(compat, "strongly_typed", lambda: True)
+    make_backend(PRECISION="bf16").prepare()
+    assert workshop.built[0].dtype == torch.bfloat16
+
+
+def test_model_on_the_cpu_is_refused_with_what_to_change(tmp_path):
+    with pytest.raises(MissingDependencyError, match=r"on cpu.*MODEL\.DEVICE cuda, or MODEL\.BACKEND torch"):
+        make_backend()
+    backend = make_backend(model := TinyModel(), ON_ERROR="torch")
+    backend.prepare()
+    assert equal(backend(images()), model.core(images()))
+    assert backend.describe()["backend"].startswith("torch (fallback: MODEL.BACKEND 'tensorrt' runs on an")
+    with pytest.raises(MissingDependencyError):
+        backend.entry(backend.options.shapes)
+
+
+def test_missing_tensorrt_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(TensorRTBackend, "_require", lambda self: compat.tensorrt())
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    compat.tensorrt.cache_clear()
+    with pytest.raises(MissingDependencyError, match="pip install tensorrt"):
+        make_backend()
+
+
+def test_wrong_key_is_an_error_even_with_a_fallback(workshop):
+    cfg = make_cfg(ON_ERROR="torch")
+    cfg.MODEL.TENSORRT.PRECISION = "fp8"
+    with pytest.raises(OptionsError, match=r"MODEL\.TENSORRT\.PRECISION is 'fp8'"):
+        TensorRTBackend(TinyModel(), cfg)
