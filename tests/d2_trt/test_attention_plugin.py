@@ -13,6 +13,7 @@ from torch import nn
 from d2_trt import builder, compat, plugin
 from d2_trt.build_spec import BuildSpec, default_fp32_modules, precision_policy
 from mask2former.modeling.transformer_decoder import MultiScaleMaskedTransformerDecoder, attention_core
+from tests.d2_trt.plugin_helpers import plugin_layers, registered  # noqa: F401
 from tests.d2_trt.test_conversion import (  # noqa: F401
     DYNAMIC,
     OTHERS,
@@ -23,7 +24,6 @@ from tests.d2_trt.test_conversion import (  # noqa: F401
     random_images,
     trace,
 )
-from tests.d2_trt.test_plugin import plugin_layers, registered  # noqa: F401
 from tests.doubles.fake_tensorrt import build_network
 from tests.doubles.fixtures import trt_double as trt  # noqa: F401
 from tests.doubles.trt_api import Refused

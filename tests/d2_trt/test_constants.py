@@ -11,8 +11,8 @@ from d2_trt.build_spec import BuildSpec
 from d2_trt.converters import Graph
 from mask2former.modeling import shape_ops
 from mask2former.modeling.transformer_decoder.position_encoding import PositionEmbeddingSine
+from tests.d2_trt.plugin_helpers import real
 from tests.d2_trt.test_conversion import DYNAMIC, OTHERS, STATIC, TRACED, Wrapped, random_images, trace
-from tests.d2_trt.test_plugin import real
 from tests.doubles.fake_tensorrt import build_network
 from tests.doubles.fixtures import trt_double as trt  # noqa: F401
 

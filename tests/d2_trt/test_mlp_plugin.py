@@ -18,9 +18,9 @@ from d2_trt.build_spec import BuildSpec
 from mask2former.modeling import fused_ops
 from mask2former.modeling.transformer_decoder import mlp_cuda
 from mask2former.modeling.transformer_decoder.attention import MLP, FFNLayer
+from tests.d2_trt.plugin_helpers import real, registered  # noqa: F401
 from tests.d2_trt.test_attention_plugin import PREDICTOR, Decoder, layers_of, with_attention
 from tests.d2_trt.test_conversion import DYNAMIC, OTHERS, STATIC, TRACED, errors, random_images, trace
-from tests.d2_trt.test_plugin import real, registered  # noqa: F401
 from tests.doubles.fake_tensorrt import build_network
 from tests.doubles.fixtures import trt_double as trt  # noqa: F401
 from tests.doubles.trt_api import Refused

@@ -13,8 +13,8 @@ from torch import nn
 from d2_trt import builder, compat, plugin
 from d2_trt.build_spec import BuildSpec
 from mask2former.modeling.backbone.swin import BasicLayer
+from tests.d2_trt.plugin_helpers import plugin_layers, real, registered  # noqa: F401
 from tests.d2_trt.test_conversion import DYNAMIC, OTHERS, STATIC, TRACED, random_images, trace
-from tests.d2_trt.test_plugin import plugin_layers, real, registered  # noqa: F401
 from tests.doubles.fake_tensorrt import build_network
 from tests.doubles.fixtures import trt_double as trt  # noqa: F401
 from tests.doubles.trt_api import Refused
