@@ -18,6 +18,8 @@ UNTIL_11 = ("11.0.0.114", "11.4.0.106")
 GATED = {
     "BuilderFlag.FP16": (UNTIL_11, "set for weakly typed networks only (compat.strongly_typed)"),
     "BuilderFlag.OBEY_PRECISION_CONSTRAINTS": (UNTIL_11, "set for weakly typed networks only"),
+    "IConstantLayer.precision": (UNTIL_11, "of weakly typed networks only"),
+    "IConstantLayer.set_output_type": (UNTIL_11, "of weakly typed networks only"),
     "ILayer.precision": (UNTIL_11, "of weakly typed networks only"),
     "ILayer.precision_is_set": (UNTIL_11, "of weakly typed networks only"),
     "ILayer.set_output_type": (UNTIL_11, "of weakly typed networks only"),
