@@ -55,8 +55,10 @@ def supported(widths: Sequence[int], after: bool, dtype: torch.dtype) -> bool:
 def pays(widths: Sequence[int], dtype: torch.dtype, capability: tuple[int, int] | None = None) -> bool:
     """Whether an engine is faster with the kernel than with a kernel for each layer and the LayerNorm.
 
-    What takes the kernel's time is that each multiprocessor reads weights from the second-level cache, all of them where
-    there are no clusters. The number of rows does not count: more rows have more multiprocessors, or more rows in a tile.
+    What is weighed is the time that each multiprocessor takes to read weights from the second-level cache, all of them
+    where there are no clusters. Rows are not: on an H100 the kernel was faster than PyTorch's operations up to 400 rows,
+    and slower by 4 and 8 % at 800 (docs/performance.md). From compute capability 9.0 on clusters are taken to be there; a
+    library without code for it, or a small part of a GPU, has none, and feed-forward layers are slower then.
 
     Args:
         widths, dtype: as in `supported`.
