@@ -35,7 +35,7 @@ _DEFAULTS = {
         # Images per batch of evaluation, per process.
         "BATCH_SIZE": 1,
         # Threads of a process that compare results with the truth while the model has the next images. 0: none, each
-        # image is compared before the next; -1: one for each CPU, at most 8. The figures do not depend on it.
+        # image is compared before the next; -1: its share of the CPUs, at most 8. The figures do not depend on it.
         "EVALUATION_THREADS": -1,
     },
     "MODEL": {

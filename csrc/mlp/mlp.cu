@@ -26,7 +26,6 @@ MlpChain chain_of(MlpSizes const& sizes, DType type) {
     return chain;
 }
 
-
 template <typename O, int kBlocks>
 void open(int bytes, Device const& on) {
     static std::atomic<int> opened[kMaxDevices];

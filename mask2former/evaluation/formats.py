@@ -149,9 +149,8 @@ class SemSegEvaluator(WholeFilesMixin, PerImageMixin, _SemSegEvaluator):
         true[true == self._ignore_label] = self._num_classes
         confusion = self._confusion(predicted.ravel()[starts], true, lengths)
         boundaries = None
-        if getattr(
-            self, "_compute_boundary_iou", False
-        ):  # detectron2's main branch, where OpenCV is installed
+        # detectron2's main branch, where OpenCV is installed
+        if getattr(self, "_compute_boundary_iou", False):
             labels = np.where(labels == self._ignore_label, self._num_classes, labels)
             maps = [self._mask_to_boundary(one.astype(np.uint8)) for one in (predicted, labels)]
             starts, lengths = pair_runs(*maps)
