@@ -40,7 +40,7 @@ class Report:
         self._command = {"command": common.get("command", "")}
         self._common = {k: v for k, v in common.items() if k != "command"}
         self._file = MeasurementFile(
-            MeasurementFile.new_path(folder, "benchmark", common), FIELDS, identity=FIELDS
+            MeasurementFile.new_path(folder, "benchmark", common), FIELDS, identity=FIELDS, exclusive=True
         )
         self.rows: list[dict[str, Any]] = []
         self.failures: list[str] = []

@@ -109,11 +109,20 @@ class MeasurementFile:
     Rows that agree in the identifying columns are the same measurement: the last one counts.
     """
 
-    def __init__(self, path: str | os.PathLike, fields: Sequence[str], identity: Sequence[str]):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        fields: Sequence[str],
+        identity: Sequence[str],
+        later: Sequence[str] = (),
+        exclusive: bool = False,
+    ):
         """
         Args:
             fields: columns.
             identity: those that say what was measured.
+            later: columns that an older file may lack; it gets them with the first row that is added.
+            exclusive: continue no file; where one of this name is made first, -2, -3 and so on goes to the name.
 
         Raises:
             ValueError: the file is there and has other columns.
@@ -121,9 +130,11 @@ class MeasurementFile:
         self.path = Path(path)
         self._fields = list(fields)
         self._identity = list(identity)
+        self._later = list(later)
+        self._unmade = exclusive
         self._rows: dict[tuple[str, ...], dict[str, str]] = {}
-        if self.path.exists():
-            for row in read_rows(self.path, self._fields):
+        if not exclusive and self.path.exists():
+            for row in read_rows(self.path, self._fields, self._later):
                 self._rows[self._key(row)] = row
 
     @staticmethod
@@ -150,7 +161,12 @@ class MeasurementFile:
             raise KeyError(f"{self.path} has no columns {sorted(unknown)}")
         row = {field: str(columns.get(field, "")) for field in self._fields}
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._unmade:
+            self.path = _made(self.path)
+            self._unmade = False
         new = not self.path.exists() or self.path.stat().st_size == 0
+        if not new and self._later:
+            self._complete()
         with open(self.path, "a", newline="") as file:
             writer = csv.DictWriter(file, self._fields)
             if new:
@@ -161,14 +177,46 @@ class MeasurementFile:
         self._rows[self._key(row)] = row
         return row
 
+    def _complete(self) -> None:
+        """Give an older file the columns that it lacks; it is replaced whole or not at all."""
+        with open(self.path, newline="") as file:
+            if next(csv.reader(file)) == self._fields:
+                return
+        rows = read_rows(self.path, self._fields, self._later)
+        temporary = self.path.with_name(f".{self.path.name}-{os.getpid()}")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, self._fields)
+            writer.writeheader()
+            writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
     def _key(self, columns: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(str(columns.get(field, "")) for field in self._identity)
 
 
-def read_rows(path: str | os.PathLike, fields: Sequence[str]) -> list[dict[str, str]]:
+def _made(path: Path) -> Path:
+    """An empty file that this process made: of this name, or with -2, -3 and so on where it is taken."""
+    made, count = path, 1
+    while True:
+        try:
+            made.touch(exist_ok=False)
+            return made
+        except FileExistsError:
+            count += 1
+            made = path.with_name(f"{path.stem}-{count}{path.suffix}")
+
+
+def read_rows(
+    path: str | os.PathLike, fields: Sequence[str], later: Sequence[str] = ()
+) -> list[dict[str, str]]:
     """Rows of a CSV file.
 
     A last line that was cut off in the middle, as by a kill, is left out and cut off from the file.
+
+    Args:
+        later: columns that an older file may lack; they are empty then.
 
     Raises:
         ValueError: its columns are not `fields`.
@@ -181,9 +229,10 @@ def read_rows(path: str | os.PathLike, fields: Sequence[str]) -> list[dict[str, 
         with open(path, "r+b") as file:
             file.truncate(len(text.encode()))
     reader = csv.DictReader(text.splitlines(keepends=True))
-    if text and reader.fieldnames != list(fields):
+    found = list(reader.fieldnames or ())
+    if text and found != [field for field in fields if field in found or field not in later]:
         raise ValueError(
-            f"{path} has the columns {', '.join(reader.fieldnames or ['(none)'])}; expected {', '.join(fields)}. It is of "
+            f"{path} has the columns {', '.join(found or ['(none)'])}; expected {', '.join(fields)}. It is of "
             "another tool or version: name another file"
         )
-    return list(reader)
+    return [{field: row.get(field, "") for field in fields} for row in reader]
