@@ -52,6 +52,7 @@ from ledger_images import ImageTables
 from ledger_join import (
     COLUMNS,
     IDENTITY,
+    LATER,
     LIMITED,
     LIMITS,
     PRECISIONS,
@@ -87,7 +88,7 @@ from mask2former.evaluation import with_evaluation_formats
 
 FIELDS = (
     *("date", *IDENTITY, "status", *COLUMNS, *("d_" + column for column in COLUMNS)),
-    *("se_" + column for column in LIMITED),
+    *LATER,
     *(*AGREEMENT, "core_ms", "padded", "build_s", "engine_mib", "weights", "command"),
 )
 
@@ -293,12 +294,17 @@ class Ledger:
             metrics = evaluate(cfg, self._model, precision)
         except RuntimeError as error:
             return {"status": failure_reason(error)}
-        tables = ImageTables.of_predictions(columns["dataset"], os.path.join(folder, "inference"))
-        tables.save(os.path.join(folder, TABLES))
         values.update(metrics, status="ok")
         reference = references(self._file.rows).get(place(columns))
         values.update(differences({**columns, **values}, reference))
-        values.update(standard_error_columns({**columns, **values}, reference, self._args.work))
+        try:
+            tables = ImageTables.of_predictions(columns["dataset"], os.path.join(folder, "inference"))
+            tables.save(os.path.join(folder, TABLES))
+            values.update(standard_error_columns({**columns, **values}, reference, self._args.work))
+        except Exception as error:  # whatever it is, the metrics are measured
+            _say(
+                f"accuracy_ledger.py: warning: {named(columns)}: no standard errors, {failure_reason(error)}"
+            )
         return values
 
 
@@ -323,7 +329,7 @@ def _measured(args: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, s
     # Processes that share the rows out start in the same second.
     part = ["accuracy", *args.backend, *args.precision] if args.no_reference else ["accuracy"]
     path = args.resume or MeasurementFile.new_path(args.output, "_".join(part), machine(cfg.MODEL.DEVICE))
-    file = MeasurementFile(path, FIELDS, IDENTITY)
+    file = MeasurementFile(path, FIELDS, IDENTITY, LATER)
     setup_logger(name="detectron2")
     setup_logger(name="fvcore")
     setup_logger(name="mask2former")

@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -58,17 +60,30 @@ class ImageTables:
         return cls(names, arrays)
 
     def save(self, path: str | os.PathLike) -> None:
-        np.savez_compressed(path, images=self.images, **self.arrays)
+        """Write a file; it is there whole or not at all."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}-{os.getpid()}")
+        try:
+            with open(temporary, "wb") as file:
+                np.savez_compressed(file, images=self.images, **self.arrays)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> ImageTables:
         """
         Raises:
-            OSError, ValueError: it cannot be read.
+            OSError: it cannot be read.
+            ValueError: it is damaged, or another file.
         """
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        return cls(arrays.pop("images"), arrays)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            return cls(arrays.pop("images"), arrays)
+        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
     def metrics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """PQ, AP and mIoU, as far as the tables are there, where each image counts so many times.

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -24,10 +25,12 @@ IDENTITY = (
 # What one run varies.
 _VARIED = ("min_size", "max_size", "batch", "backend", "precision")
 COLUMNS = tuple(column for column, _, _ in METRICS)
-# Points that an engine may differ from the reference in a metric (issue: the accuracy ledger).
+# Points that an engine may differ from the reference in a metric.
 LIMITS = {"fp32": 0.05, "tf32": 0.05, "fp16": 0.1, "bf16": 0.1}
 # The metric of each task.
 LIMITED = ("PQ", "AP", "mIoU")
+# Columns that files of before they were measured lack.
+LATER = tuple("se_" + column for column in LIMITED)
 TABLES = "per_image.npz"
 # In points, between a row's metric and that of its images' counts.
 _SAME = 1e-3
@@ -86,8 +89,9 @@ def row_folder(work: str, row: Mapping) -> str:
 def standard_error_columns(row: Mapping, reference: Mapping | None, work: str) -> dict[str, float | str]:
     """Columns se_*, in points: the standard errors of d_*, for the choice of the images.
 
-    Empty where the counts of single images that they are made of are not in `work`, or do not give the rows' metrics: those
-    of another measurement, and mIoU by detectron2 0.5 where it counts a class that is predicted and in no image.
+    Empty where the counts of single images that they are made of are not in `work`, cannot be read, or do not give the rows'
+    metrics: those of another measurement, and mIoU by detectron2 0.5 where it counts a class that is predicted and in no
+    image.
     """
     columns: dict[str, float | str] = {f"se_{name}": "" for name in LIMITED}
     if reference is None or is_reference(row):
@@ -104,13 +108,20 @@ def _tables(work: str, row: Mapping) -> ImageTables | None:
     path = os.path.join(row_folder(work, row), TABLES)
     try:
         return _load_tables(path, os.stat(path).st_mtime_ns)
-    except (OSError, ValueError):
+    except OSError:
         return None
 
 
 @functools.lru_cache(maxsize=8)
-def _load_tables(path: str, changed: int) -> ImageTables:
-    return ImageTables.load(path)
+def _load_tables(path: str, changed: int) -> ImageTables | None:
+    try:
+        return ImageTables.load(path)
+    except (OSError, ValueError) as error:
+        print(
+            f"accuracy_ledger.py: warning: no standard errors of {path}, which cannot be read: {error}",
+            file=sys.stderr,
+        )
+        return None
 
 
 def _is_of(tables: ImageTables, row: Mapping, metric: str) -> bool:
@@ -132,7 +143,7 @@ def joined(paths: Sequence[str], fields: Sequence[str], work: str) -> list[Row]:
     """
     found: dict[tuple[str, ...], Row] = {}
     for path in paths:
-        for row in read_rows(path, fields):
+        for row in read_rows(path, fields, LATER):
             key = tuple(row[name] for name in IDENTITY)
             if row["status"] == "ok" or found.get(key, row)["status"] != "ok":
                 found[key] = row

@@ -11,7 +11,8 @@ import ledger_evaluation
 import ledger_markdown
 import pytest
 from ledger_evaluation import engine_cfg, images_outside, metric_columns
-from measurements import MeasurementFile, read_rows, size_pair
+from ledger_images import ImageTables
+from measurements import read_rows
 
 from mask2former import get_mask2former_cfg
 from mask2former.data.datasets.shapes import register_shapes
@@ -352,28 +353,15 @@ def test_long_images_are_outside_of_a_derived_range():
     assert "1344x160" in message and "['256x160', '800x1088', '1344x1344']" in message
 
 
-def test_file_of_another_tool_is_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
-    with pytest.raises(ValueError, match="has the columns x, y; expected a, b"):
-        MeasurementFile(tmp_path / "a.csv", ["a", "b"], ["a"])
+def test_row_is_written_where_its_single_images_fail(run, monkeypatch, capsys):
+    def fail(self, path):
+        raise OSError("no space left")
 
-
-def test_last_of_equal_measurements_counts(tmp_path):
-    file = MeasurementFile(tmp_path / "deep" / "a.csv", ["a", "b"], ["a"])
-    file.add({"a": 1, "b": "failed"})
-    file.add({"a": 2, "b": 'with "quotes", and commas'})
-    file.add({"a": 1, "b": "good"})
-    again = MeasurementFile(tmp_path / "deep" / "a.csv", ["a", "b"], ["a"])
-    assert (
-        [r["b"] for r in again.rows] == ["good", 'with "quotes", and commas'] == [r["b"] for r in file.rows]
-    )
-    assert again.find({"a": 3}) is None
-    with pytest.raises(KeyError, match="no columns"):
-        file.add({"c": 1})
-
-
-def test_sizes_are_read():
-    assert size_pair("800/1333") == (800, 1333)
+    monkeypatch.setattr(ImageTables, "save", fail)
+    status, rows = run("--backend", "torch", "--precision", "fp32", "bf16")
+    assert status == 0 and [row["status"] for row in rows] == ["ok", "ok"]
+    assert rows[1]["d_PQ"] != "" and {rows[1][f"se_{name}"] for name in ("PQ", "AP", "mIoU")} == {""}
+    assert "bf16 64/80 batch 1: no standard errors, failed: OSError: no space left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("section", ["shapes-r50", "shapes-swin-t", "shapes-small"])

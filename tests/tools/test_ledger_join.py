@@ -284,6 +284,48 @@ def test_counts_of_another_measurement_give_no_error(tmp_path):
     assert made["se_AP"] == "" and made["se_PQ"] != ""
 
 
+@pytest.mark.parametrize("kept", [0, 10, 0.5, -30])
+def test_counts_that_were_cut_off_give_no_error(tmp_path, capsys, kept):
+    """kept: bytes of the file, or the part of it."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for precision in ("fp32", "fp16"):
+        tables = drawn_tables(generator, 10, 0.5)
+        values = {name: str(value[0]) for name, value in tables.metrics(np.ones((1, 10))).items()}
+        rows.append(row_of(precision=precision, **values))
+        folder = Path(row_folder(str(tmp_path), rows[-1]))
+        folder.mkdir(parents=True)
+        tables.save(folder / TABLES)
+        assert [one.name for one in folder.iterdir()] == [TABLES]
+    content = (folder / TABLES).read_bytes()
+    (folder / TABLES).write_bytes(content[: int(kept * len(content)) if 0 < kept < 1 else kept])
+    made = joined_rows(tmp_path, rows)[1]
+    assert made["d_PQ"] != "" and made["se_PQ"] == ""
+    assert (
+        capsys.readouterr().err.count(f"no standard errors of {folder / TABLES}, which cannot be read") == 1
+    )
+
+
+def test_counts_with_a_damaged_member_are_told_as_damaged(tmp_path):
+    drawn_tables(np.random.default_rng(0), 10, 0.5).save(tmp_path / TABLES)
+    content = bytearray((tmp_path / TABLES).read_bytes())
+    middle = len(content) // 3
+    content[middle : middle + 20] = bytes(20)
+    (tmp_path / TABLES).write_bytes(content)
+    with pytest.raises(ValueError, match=r"^(error|BadZipFile): "):
+        ImageTables.load(tmp_path / TABLES)
+
+
+def test_files_from_before_the_standard_errors_are_joined(tmp_path):
+    rows = [row_of(PQ="50"), row_of(precision="fp16", PQ="51")]
+    fields = [name for name in accuracy_ledger.FIELDS if not name.startswith("se_")]
+    file = MeasurementFile(tmp_path / "old.csv", fields, ())
+    for row in rows:
+        file.add({name: row[name] for name in fields})
+    made = joined([str(file.path)], accuracy_ledger.FIELDS, str(tmp_path))
+    assert [row["d_PQ"] for row in made] == ["", "1.0"] and made[1]["se_PQ"] == ""
+
+
 def test_error_stands_behind_the_difference():
     row = row_of(precision="fp16", PQ="50.1", SQ="80", RQ="60", d_PQ="0.1", se_PQ="0.0444")
     assert "| 50.10 [+0.100 ± 0.044] (80.00, 60.00) |" in table([row_of(PQ="50", SQ="80", RQ="60"), row])
