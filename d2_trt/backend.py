@@ -307,8 +307,9 @@ class TensorRTBackend:
         use_timings = options.timing_cache and options.cache.mode != "off"
         samples = SampleImages(self._model.device, images)
         try:
-            # What the caller computes in is not what the network is traced in, nor what its constants come from.
-            with torch.inference_mode(False), torch.no_grad(), parity.exact_float32():
+            # What the caller computes in is not what the network is traced in.
+            autocast = torch.autocast(self._model.device.type, enabled=False)
+            with torch.inference_mode(False), torch.no_grad(), autocast:
                 plan, report, timings = builder.build_engine(
                     self._model, spec, samples.take(shapes.opt), timing.load() if use_timings else b""
                 )

@@ -18,6 +18,7 @@ from .build_report import BuildReport
 from .build_spec import BuildSpec, check_precision, precision_policy
 from .converters import Graph, Guard, converter_table
 from .errors import BuildError, first_line
+from .parity import exact_float32
 
 logger = logging.getLogger(__name__)
 
@@ -189,8 +190,10 @@ def _build(
     log.errors.clear()  # of a timing cache that did not fit
 
     started = time.perf_counter()
-    # Kept until the build is over: TensorRT reads the weights that it holds.
-    graph = trace(network, config, Core(model), images, spec)
+    # Kept until the build is over: TensorRT reads the weights that it holds. What depends on weights alone PyTorch computes,
+    # for an engine that other processes take from the cache: not by TF32, which is this one's choice.
+    with exact_float32():
+        graph = trace(network, config, Core(model), images, spec)
     report.trace_seconds = time.perf_counter() - started
     profile = builder.create_optimization_profile()
     shapes = [(b, 3, h, w) for b, h, w in (spec.min_shape, spec.opt_shape, spec.max_shape)]

@@ -81,7 +81,6 @@ class Workshop:
         number = len(self.built)
         self.models[number] = copy.deepcopy(model)
         modes = {"autocast": torch.is_autocast_enabled("cpu"), "inference": torch.is_inference_mode_enabled()}
-        modes["tf32"] = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
         plan = json.dumps({"number": number, **modes}).encode()
         return plan, BuildReport(engine_bytes=len(plan), layers={"CONVOLUTION": 1}), b"timings"
 

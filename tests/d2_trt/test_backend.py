@@ -301,19 +301,6 @@ def test_build_does_not_see_the_callers_autocast_and_mode(workshop):
     assert model.training and not workshop.models[1].training
 
 
-def test_constants_are_computed_without_tf32_whatever_the_caller_uses(workshop):
-    """What depends on weights alone is PyTorch's, once, in the engine that every later process takes from the cache."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, True
-    try:
-        backend = make_backend()
-        backend(images())
-        assert matmul.allow_tf32
-    finally:
-        matmul.allow_tf32 = before
-    assert b'"tf32": false' in backend.entry(backend.options.shapes).data
-
-
 def test_progress_is_logged_once_for_build_and_load(workshop, caplog):
     caplog.set_level(logging.INFO, logger="d2_trt")
     make_backend().prepare()

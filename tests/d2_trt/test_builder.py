@@ -102,6 +102,20 @@ def test_engine_that_does_not_load_is_still_reported(trt, monkeypatch, caplog): 
     assert any("is not known: the engine does not load" in message for message in caplog.messages)
 
 
+def test_constants_are_computed_without_tf32_whatever_the_caller_uses():
+    """What depends on weights alone is PyTorch's, in an engine that other processes take from the cache."""
+    matmul, seen = torch.backends.cuda.matmul, []
+    model = Model()
+    model.between = lambda x: seen.append(matmul.allow_tf32) or x
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    try:
+        build(model)
+        assert matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before
+    assert seen and not any(seen)
+
+
 # The timing cache
 
 
