@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import builder, cache_key, compat, parity, plugin
-from .build_spec import BuildSpec, default_fp32_modules
+from .build_spec import BuildSpec, check_precision, default_fp32_modules
 from .cache import BuiltEngine, CacheEntry, EngineCache
 from .cache_timing import TimingCache
 from .engine import Engine
@@ -336,11 +336,7 @@ class TensorRTBackend:
 
     def _spec(self, shapes: ShapeRange, capability: tuple[int, int]) -> BuildSpec:
         options = self.options
-        if options.precision == "bf16" and not compat.strongly_typed():
-            raise MissingDependencyError(
-                "MODEL.TENSORRT.PRECISION is 'bf16', which needs TensorRT 10 or newer; this is "
-                f"{compat.tensorrt().__version__}. Set it to fp16, tf32 or fp32."
-            )
+        check_precision(options.precision, self._model.device)
         choices = {
             n.lower(): plugin.resolve(n, getattr(options, n.lower()), capability) for n in plugin.OPTIONS
         }

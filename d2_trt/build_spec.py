@@ -84,13 +84,13 @@ def precision_policy(spec: BuildSpec) -> Callable[[str], torch.dtype]:
     return dtype
 
 
-def check_precision(spec: BuildSpec, device: torch.device) -> None:
+def check_precision(precision: str, device: torch.device) -> None:
     """See that TensorRT and the GPU have the precision, before minutes are spent.
 
     Raises:
         MissingDependencyError: they have not.
     """
-    if spec.precision != "bf16":
+    if precision != "bf16":
         return
     if not compat.strongly_typed():
         raise MissingDependencyError(

@@ -152,7 +152,7 @@ def build_engine(
         BuildError: TensorRT built nothing, with its own messages; or memory ran out.
         KeyboardInterrupt: on Ctrl-C; see progress.run.
     """
-    check_precision(spec, images.device)
+    check_precision(spec.precision, images.device)
     current = torch.cuda.device(images.device) if images.is_cuda else contextlib.nullcontext()
     try:
         with current:

@@ -242,7 +242,7 @@ def test_bf16_needs_tensorrt_10_and_a_gpu_that_has_it(trt, monkeypatch):  # noqa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(MissingDependencyError, match=r"PRECISION is 'bf16'.*8\.0.*Tesla T4 has 7\.5.*fp16"):
-        check_precision(spec, torch.device("cuda"))
+        check_precision(spec.precision, torch.device("cuda"))
 
 
 def test_fp16_on_a_gpu_that_gains_nothing_from_it_is_warned_of(trt, monkeypatch, caplog):  # noqa: F811
