@@ -47,6 +47,15 @@ class Norms(nn.Module):
     core = forward  # as MaskFormer has it
 
 
+def check_outputs_without_casts(network, model, precision: str) -> None:
+    """As PyTorch's, and nothing is cast in front of the plugins."""
+    casts = [row["name"].split(":")[0] for row in network.precisions() if row["kind"] == "CAST"]
+    assert not set(casts) & set(by_module(network))
+    images = random_images(TRACED)
+    for out, expected in zip(network.evaluate({"images": images}).values(), model(images)):
+        assert relative_error(out, expected) < {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}[precision]
+
+
 @pytest.mark.parametrize("shapes", [DYNAMIC, STATIC], ids=["dynamic", "static"])
 @pytest.mark.parametrize("normalization", ["plugin", "native"])
 def test_network_equals_pytorch(registered, shapes, normalization, monkeypatch):
@@ -101,12 +110,7 @@ def test_plugins_take_tensors_as_they_come_and_give_what_the_policy_says(
         assert all(layer.get_input(i).dtype.name == "FLOAT" for i in (1, 2))
         given = [tensor._kept_dtype.name[0] for tensor in (*inputs, layer.get_output(0))]
         assert "".join(given) == wanted, name
-    # No casts in front of the plugins.
-    casts = [row["name"].split(":")[0] for row in network.precisions() if row["kind"] == "CAST"]
-    assert not set(casts) & set(by_module(network))
-    images = random_images(TRACED)
-    for out, expected in zip(network.evaluate({"images": images}).values(), model(images)):
-        assert relative_error(out, expected) < {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}[precision]
+    check_outputs_without_casts(network, model, precision)
 
 
 def test_model_in_half_precision_gives_the_plugins_half_precision(registered, monkeypatch):
@@ -198,11 +202,7 @@ def test_positions_have_the_type_of_the_sum(registered, shapes, precision, pinne
         # A constant that TensorRT need not convert in every call.
         kind = layer.get_input(4)._producer.type.name
         assert (kind == "CONSTANT") == (shapes is STATIC)
-    casts = [row["name"].split(":")[0] for row in network.precisions() if row["kind"] == "CAST"]
-    assert not set(casts) & set(by_module(network))
-    images = random_images(TRACED)
-    for out, expected in zip(network.evaluate({"images": images}).values(), model(images)):
-        assert relative_error(out, expected) < {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}[precision]
+    check_outputs_without_casts(network, model, precision)
 
 
 def test_encoder_adds_positions_once_by_itself(registered, monkeypatch):
