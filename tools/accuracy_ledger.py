@@ -329,13 +329,13 @@ def _measured(args: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, s
     # Processes that share the rows out start in the same second.
     part = ["accuracy", *args.backend, *args.precision] if args.no_reference else ["accuracy"]
     path = args.resume or MeasurementFile.new_path(args.output, "_".join(part), machine(cfg.MODEL.DEVICE))
-    file = MeasurementFile(path, FIELDS, IDENTITY, LATER)
+    file = MeasurementFile(path, FIELDS, IDENTITY, LATER, exclusive=not args.resume)
     setup_logger(name="detectron2")
     setup_logger(name="fvcore")
     setup_logger(name="mask2former")
     setup_tensorrt_logger()
     rows = Ledger(args, argv, cfg, file).run()
-    print(f"written to {path}")
+    print(f"written to {file.path}")
     mine = [
         row for row in file.rows if all(row[k] == rows[0][k] for k in ("config", "checkpoint", "dataset"))
     ]

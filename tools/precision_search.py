@@ -160,7 +160,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     path = args.resume or MeasurementFile.new_path(
         args.output, f"precision_{args.precision}", machine(cfg.MODEL.DEVICE)
     )
-    file = MeasurementFile(path, FIELDS, IDENTITY)
+    file = MeasurementFile(path, FIELDS, IDENTITY, exclusive=not args.resume)
     from d2_trt.logging import setup_logger
 
     setup_logger()
@@ -193,7 +193,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     ]
     print(sets_table([row for row in file.rows if searcher.is_ours(row)], named))
     print(f"wanted: {wanted}")
-    print(f"written to {path}")
+    print(f"written to {file.path}")
     if chosen is None:
         print(
             "precision_search.py: not reached with all blocks in float32, whose products are TF32: use "

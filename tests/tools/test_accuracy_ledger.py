@@ -225,6 +225,16 @@ def test_interrupted_run_is_continued_and_failures_are_tried_again(
     assert len(read_rows(path, list(rows[0]))) == 3
 
 
+def test_runs_of_one_second_have_files_of_their_own(run, ledger, tmp_path, monkeypatch):
+    path = tmp_path / "results" / "accuracy.csv"
+    monkeypatch.setattr(ledger.MeasurementFile, "new_path", lambda *_: path)
+    for _ in range(2):
+        assert run("--backend", "torch", "--precision", "fp32")[0] == 0
+    files = sorted(path.parent.glob("*.csv"))
+    assert [file.name for file in files] == ["accuracy-2.csv", "accuracy.csv"]
+    assert len({file.read_bytes().count(b"\n") for file in files}) == 1
+
+
 def test_markdown_outside_the_markers_stays_as_it_is(run, page, tmp_path):
     assert (
         run("--backend", "torch", "--precision", "fp32", "--markdown", str(page), "--section", "zoo")[0] == 0
