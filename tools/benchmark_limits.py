@@ -37,10 +37,12 @@ class Ceilings:
         flops = {}
         for precision in dict.fromkeys((*precisions, "fp32")):  # sampling is float32's in any case
             flops[precision] = _matmul_rate(precision, 8192 if cuda else 768, device)
-        return cls(_copy_rate(1 << 30 if cuda else 1 << 26, device), flops)
+        return cls(copy_rate(device), flops)
 
 
-def _copy_rate(count: int, device: str) -> float:
+def copy_rate(device: str) -> float:
+    """Bytes a second of a large copy, read and written."""
+    count = 1 << 30 if device.startswith("cuda") else 1 << 26
     source = torch.zeros(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * count / _fastest(lambda: target.copy_(source), device.startswith("cuda"))
