@@ -7,8 +7,8 @@ release's kernel and the GPU's bandwidth.
 One encoder layer: the pixels of strides 32, 16 and 8 look at each other, 8 heads of 32 channels, 4 points a level; offsets
 are random, of --spread pixels. `ours` has the softmax and the locations in it. `release` is the operator of the official
 release, `+ softmax, locations` with what its module computes in PyTorch before it; both are timed where
-MultiScaleDeformableAttention, which the release's make.sh builds, can be imported. `bytes` is the time of what must be moved,
-value, offsets, logits and result, at the bandwidth that a large copy has on this GPU.
+MultiScaleDeformableAttention, which the release's make.sh builds, can be imported. `bytes` is the time of what must be
+moved, value, offsets, logits and result, at the bandwidth that a large copy has on this GPU.
 
 Forward calls are captured in one CUDA graph, so that launching costs what it costs in an engine's graph. --backward times
 gradients, without a graph. The median of the rounds counts.
