@@ -8,6 +8,7 @@ namespace d2_trt {
 void bind_attention(py::module_& module);
 void bind_mlp(py::module_& module);
 void bind_ms_deform_attn(py::module_& module);
+void bind_ms_deform_attn_backward(py::module_& module);
 void bind_normalization(py::module_& module);
 void bind_postprocess(py::module_& module);
 void bind_preprocess(py::module_& module);
@@ -19,6 +20,7 @@ PYBIND11_MODULE(_kernels, module) {
     d2_trt::bind_attention(module);
     d2_trt::bind_mlp(module);
     d2_trt::bind_ms_deform_attn(module);
+    d2_trt::bind_ms_deform_attn_backward(module);
     d2_trt::bind_normalization(module);
     d2_trt::bind_postprocess(module);
     d2_trt::bind_preprocess(module);

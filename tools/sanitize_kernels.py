@@ -30,6 +30,7 @@ from sanitizer_network import (
     mask_features,
     mlp,
     ms_deform_attn,
+    ms_deform_attn_backward,
     normalization,
     normalize_images,
     window_attention,
@@ -53,6 +54,7 @@ def load_kernels() -> ModuleType:
 
 CASES: dict[str, Callable[[ModuleType, Gpu], None]] = {
     "ms_deform_attn": ms_deform_attn,
+    "ms_deform_attn_backward": ms_deform_attn_backward,
     "postprocess": postprocess,
     "resize": resize,
     "normalization": normalization,

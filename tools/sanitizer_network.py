@@ -9,14 +9,17 @@ import numpy as np
 from sanitizer_gpu import DTYPES, Gpu, as_dtype
 
 
+PYRAMIDS = (
+    ((3, 5), (6, 9), (12, 18)),
+    ((0, 4), (5, 6), (7, 2)),
+    ((1, 1), (1, 9), (8, 1)),
+    ((6, 5), (2, 2), (0, 0)),
+)
+
+
 def ms_deform_attn(kernels: ModuleType, gpu: Gpu) -> None:
     rng = np.random.default_rng(0)
-    pyramids = [
-        ((3, 5), (6, 9), (12, 18)),
-        ((0, 4), (5, 6), (7, 2)),
-        ((1, 1), (1, 9), (8, 1)),
-        ((6, 5), (2, 2), (0, 0)),
-    ]
+    pyramids = PYRAMIDS
     # The model's own head count and width, for which there is a kernel of its own, and others.
     cases = [(pyramid, 8, 32, 4) for pyramid in pyramids]
     cases += [(pyramids[0], 3, 32, 4), (pyramids[0], 2, 33, 3), (pyramids[0] + ((2, 2), (1, 3)), 2, 64, 16)]
@@ -64,6 +67,37 @@ def ms_deform_attn(kernels: ModuleType, gpu: Gpu) -> None:
                         **stride,
                     )
             gpu.finish()
+
+
+def ms_deform_attn_backward(kernels: ModuleType, gpu: Gpu) -> None:
+    rng = np.random.default_rng(0)
+    cases = [(pyramid, 8, 32, 4) for pyramid in PYRAMIDS]
+    cases += [(PYRAMIDS[0], 3, 33, 3), (PYRAMIDS[0], 1, 4, 16), (((5, 7),), 2, 1, 1)]
+    for levels, heads, dim, points in cases:
+        pixels, samples = sum(h * w for h, w in levels), len(levels) * points
+        shapes = {
+            "value": (2, pixels, heads, dim),
+            "offsets": (2, pixels, heads, samples, 2),
+            "logits": (2, pixels, heads, samples),
+        }
+        inputs = {name: rng.standard_normal(shape, dtype=np.float32) * 4 for name, shape in shapes.items()}
+        outputs = {
+            f"grad_{name}": gpu.out(f"grad_{name}", inputs[name].nbytes) for name in ("offsets", "logits")
+        }
+        kernels.ms_deform_attn_backward(
+            grad=gpu.put(inputs["value"]),
+            **{name: gpu.put(array) for name, array in inputs.items()},
+            grad_value=gpu.put(np.zeros_like(inputs["value"])),
+            **outputs,
+            batch=2,
+            pixels=pixels,
+            heads=heads,
+            dim=dim,
+            points=points,
+            level_sizes=list(levels),
+            stream=0,
+        )
+        gpu.finish()
 
 
 def normalization(kernels: ModuleType, gpu: Gpu) -> None:

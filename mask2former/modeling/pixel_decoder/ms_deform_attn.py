@@ -18,7 +18,7 @@ class MSDeformAttnCore(nn.Module):
     The queries are the pixels of the pyramid themselves, so the points from which the offsets count follow from the
     levels' shapes. It has no parameters. An engine replaces this one module.
 
-    On a GPU our kernel computes it where the kernels are built, else grid_sample does; gradients are grid_sample's.
+    On a GPU our kernels compute it and its gradients where they are built, else grid_sample does.
 
     Source: Deformable DETR (Zhu et al. 2021), equation 3.
     """

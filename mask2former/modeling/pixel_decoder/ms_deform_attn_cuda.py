@@ -101,15 +101,63 @@ def _(value, sampling_offsets, attention_logits, level_sizes):
     return value.new_empty(batch, pixels, heads * dim)
 
 
+@torch.library.custom_op(
+    "mask2former::ms_deform_attn_backward",
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor grad, Tensor value, Tensor sampling_offsets, Tensor attention_logits, SymInt[] level_sizes) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _ms_deform_attn_backward(
+    grad: Tensor,
+    value: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    level_sizes: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the inputs of _ms_deform_attn, in their dtypes; grad is that of its output."""
+    inputs = (value, sampling_offsets, attention_logits)
+    batch, pixels, heads, dim = value.shape
+    grad, *tensors = (_in_order(t.float()) for t in (grad, *inputs))
+    # Of many queries, each adds to the value's.
+    gradients = (torch.zeros_like(tensors[0]), *(torch.empty_like(t) for t in tensors[1:]))
+    with torch.cuda.device(value.device):
+        kernels.load().ms_deform_attn_backward(
+            grad=grad.data_ptr(),
+            value=tensors[0].data_ptr(),
+            offsets=tensors[1].data_ptr(),
+            logits=tensors[2].data_ptr(),
+            grad_value=gradients[0].data_ptr(),
+            grad_offsets=gradients[1].data_ptr(),
+            grad_logits=gradients[2].data_ptr(),
+            batch=batch,
+            pixels=pixels,
+            heads=heads,
+            dim=dim,
+            points=sampling_offsets.shape[4],
+            level_sizes=list(zip(level_sizes[::2], level_sizes[1::2])),
+            stream=kernels.stream_of(value),
+        )
+    return tuple(gradient.to(t.dtype) for gradient, t in zip(gradients, inputs))
+
+
+@_ms_deform_attn_backward.register_fake
+def _(grad, value, sampling_offsets, attention_logits, level_sizes):
+    return tuple(t.new_empty(t.shape) for t in (value, sampling_offsets, attention_logits))
+
+
 def _save(ctx, inputs, output):
     value, sampling_offsets, attention_logits, level_sizes = inputs
     ctx.save_for_backward(value, sampling_offsets, attention_logits)
-    ctx.spatial_shapes = tuple(zip(level_sizes[::2], level_sizes[1::2]))
+    ctx.level_sizes = tuple(level_sizes)
 
 
 def _backward(ctx, grad):
-    gradients = ms_deform_attn_reference_backward(grad, *ctx.saved_tensors, ctx.spatial_shapes)
-    return *gradients, None
+    if torch.are_deterministic_algorithms_enabled():
+        # Neither has an order in which it sums; grid_sample says so, as it was asked to.
+        shapes = tuple(zip(ctx.level_sizes[::2], ctx.level_sizes[1::2]))
+        return *ms_deform_attn_reference_backward(grad, *ctx.saved_tensors, shapes), None
+    return *_ms_deform_attn_backward(grad, *ctx.saved_tensors, list(ctx.level_sizes)), None
 
 
 _ms_deform_attn.register_autograd(_backward, setup_context=_save)
