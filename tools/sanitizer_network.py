@@ -8,7 +8,6 @@ from types import ModuleType
 import numpy as np
 from sanitizer_gpu import DTYPES, Gpu, as_dtype
 
-
 PYRAMIDS = (
     ((3, 5), (6, 9), (12, 18)),
     ((0, 4), (5, 6), (7, 2)),
