@@ -149,18 +149,23 @@ def test_extreme_logits(run):
 
 
 @on_gpu
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
-def test_gradients_of_the_operator_have_its_inputs_dtypes(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "sampling"), [(F32, F32), (F16, F32), (F16, F16), (BF16, F32), (BF16, BF16)], ids=str
+)
+def test_gradients_of_the_operator_have_its_inputs_dtypes(dtype, sampling):
     shapes = PYRAMIDS["three levels"]
-    inputs = [t.requires_grad_() for t in random_inputs(shapes, dim=32, points=4, dtype=dtype, device="cuda")]
+    given = random_inputs(shapes, dim=32, points=4, dtype=dtype, sampling=sampling, device="cuda")
+    inputs = [t.requires_grad_() for t in given]
     out = ms_deform_attn_cuda.ms_deform_attn(*inputs, shapes)
     grad = torch.randn_like(out)
     actual = torch.autograd.grad(out, inputs, grad)
     wide = [t.detach().double() for t in inputs]
     expected = ms_deform_attn_reference_backward(grad.double(), *wide, shapes)
-    for a, e, t in zip(actual, expected, inputs):
-        assert a.dtype == dtype and a.shape == t.shape
-        assert error(a, e) < {F32: 2e-5, F16: 1e-3, BF16: 8e-3}[dtype]
+    for name, a, e, t in zip(("value", "offsets", "logits"), actual, expected, inputs):
+        assert a.dtype == t.dtype and a.shape == t.shape
+        # Offsets of few digits lead to the centres of pixels, where the slope is another on each side.
+        if name != "offsets" or sampling == F32:
+            assert error(a, e) < {F32: 2e-5, F16: 1e-3, BF16: 8e-3}[dtype], name
 
 
 @on_gpu
