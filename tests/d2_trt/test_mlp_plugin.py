@@ -213,7 +213,7 @@ def test_layer_computes_the_definition(registered, after, dtype):  # noqa: F811
     [
         {"hidden": 80},
         {"out": 96},  # no residual
-        {"layers": 1},
+        {"layers": 0},
         {"layers": 5},
         {"normed_type": F32},  # LayerNorm comes after
         {"after": 2},
