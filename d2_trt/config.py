@@ -38,9 +38,9 @@ _DEFAULTS = {
             # tensors, and fuse the residual sum and ReLU around them, and the images' normalisation; "native", TensorRT's
             # layers; "auto", the plugin where it is built. On TensorRT 8.6 "native" may not build in fp16.
             "NORMALIZATION": "auto",
-            # The transformer decoder's attention, feed-forward layers and mask embedding, and Swin's window attention:
-            # "plugin" (fp16 and bf16 engines, on GPUs of compute capability 8.0 or higher; feed-forward layers from 9.0
-            # on, below which they do not pay), "native" or "auto", as for NORMALIZATION.
+            # The transformer decoder's attention with its output projections, feed-forward layers and mask embedding, and
+            # Swin's window attention: "plugin" (fp16 and bf16 engines, on GPUs of compute capability 8.0 or higher; output
+            # projections and feed-forward layers from 9.0 on), "native" or "auto", as for NORMALIZATION.
             "ATTENTION": "auto",
             # Scratch memory that the engine may use, in GiB. 0.0: TensorRT's default, all of the GPU's.
             "WORKSPACE": 0.0,

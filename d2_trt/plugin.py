@@ -38,7 +38,7 @@ class Plugin:
 ATTENTION = Plugin("D2TRTAttention", "1", "ATTENTION")
 LEVEL_MASK_FEATURES = Plugin("D2TRTLevelMaskFeatures", "1", "ATTENTION")
 MASK_PRODUCT = Plugin("D2TRTMaskProduct", "1", "ATTENTION")
-MLP = Plugin("D2TRTMlp", "1", "ATTENTION")
+MLP = Plugin("D2TRTMlp", "2", "ATTENTION")
 WINDOW_ATTENTION = Plugin("D2TRTWindowAttention", "1", "ATTENTION")
 MSDA = Plugin("D2TRTMSDeformAttn", "2", "MSDA")
 LAYER_NORM = Plugin("D2TRTLayerNorm", "2", "NORMALIZATION")

@@ -23,16 +23,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mask2former.modeling.transformer_decoder import mlp_cuda
 
-LAYERS = {"mask embedding": ([256] * 4, False), "feed-forward": ([256, 2048, 256], True)}
+LAYERS = {
+    "mask embedding": ([256] * 4, False),
+    "feed-forward": ([256, 2048, 256], True),
+    "projection": ([256, 256], True),  # of attention's output, with a residual that is not its input
+}
 
 
-def pytorch(x, weights, biases, norm, after: bool, dtype: torch.dtype):
+def pytorch(x, weights, biases, norm, after: bool, dtype: torch.dtype, residual=None):
     """The layers by PyTorch's operations, products in `dtype` (float32: TF32)."""
     channels = x.shape[-1:]
     out = x if after else F.layer_norm(x.float(), channels, *norm)
     for i, (weight, bias) in enumerate(zip(weights, biases)):
         out = F.linear(out.to(dtype) if i == 0 else out.relu(), weight, bias)
-    return F.layer_norm((x + out).float(), channels, *norm).to(x.dtype) if after else out
+    residual = x if residual is None else residual
+    return F.layer_norm((residual + out).float(), channels, *norm).to(x.dtype) if after else out
 
 
 def row(name: str, batch: int, dtype: torch.dtype, args) -> str:
@@ -43,12 +48,13 @@ def row(name: str, batch: int, dtype: torch.dtype, args) -> str:
         return torch.randn(shape, generator=rng, device="cuda")
 
     x = random(batch, args.queries, widths[0]).half()
+    residual = random(batch, args.queries, widths[-1]).half() if name == "projection" else None
     weights = [random(o, i) / i**0.5 for i, o in itertools.pairwise(widths)]
     biases, norm = [random(o) for o in widths[1:]], random(2, widths[0])
     packed = (mlp_cuda.pack_weights(weights, dtype), torch.cat(biases), norm, widths, 1e-5, after, dtype)
     out_dtype = torch.float16 if after else torch.float32
-    ours = time_us(lambda: mlp_cuda.launch(x, *packed, out_dtype), 20, 15)
-    given = ([w.to(dtype) for w in weights], [b.to(dtype) for b in biases], norm, after, dtype)
+    ours = time_us(lambda: mlp_cuda.launch(x, *packed, out_dtype, residual=residual), 20, 15)
+    given = ([w.to(dtype) for w in weights], [b.to(dtype) for b in biases], norm, after, dtype, residual)
     theirs = time_us(lambda: pytorch(x, *given), 20, 15)
     least = packed[0].numel() * 4 / 8 / 64 / args.mhz
     kind = str(dtype).removeprefix("torch.")
@@ -72,6 +78,7 @@ def main() -> None:
                 ("mask embedding", torch.float32),
                 ("mask embedding", torch.float16),
                 ("feed-forward", torch.float16),
+                ("projection", torch.float16),
             ):
                 print(row(name, batch, dtype, args), flush=True)
 

@@ -104,8 +104,9 @@ def emulated(
         dtype: float16 or bfloat16.
         plugins: what our plugins compute. "attention" and "normalization" are emulated as they do it; the sampling of
             deformable attention ("msda") is in float32 with any of its means.
-            Linear layers with residual and LayerNorm that the MLP plugin has in one kernel (feed_forward, mlp_of_norm and
-            norm_and_mlp of fused_ops) are emulated operation by operation: judged a little worse than an engine has them.
+            Linear layers with residual and LayerNorm that the MLP plugin has in one kernel (feed_forward,
+            linear_residual_layer_norm, mlp_of_norm and norm_and_mlp of fused_ops) are emulated operation by operation:
+            judged a little worse than an engine has them.
     """
     with (
         ModuleStack(model) as stack,

@@ -304,22 +304,28 @@ def mlp(kernels: ModuleType, gpu: Gpu) -> None:
         ([256, 256, 256, 256], False),
         ([256, 2048, 256], True),
         ([32, 32, 32], True),
+        ([256, 256], True),
+        ([96, 96], True),
     ]
     for widths, after in cases:
         weights = sum(i * o for i, o in itertools.pairwise(widths))
         norm = rng.standard_normal((2, widths[0])).astype(np.float32)
         biases = rng.standard_normal(sum(widths[1:])).astype(np.float32)
-        for rows, dtype in itertools.product((1, 100, 803), DTYPES):
+        # Of one layer with residual, x is read as it lies in memory, or by way of shared memory where it is float32.
+        x_types = (None, "float32") if after and len(widths) == 2 else (None,)
+        for rows, dtype, x_type in itertools.product((1, 100, 803), DTYPES, x_types):
             if dtype == "float32" and max(widths) > 1024:
                 continue  # there is no kernel: it is more than shared memory holds
             half = dtype if dtype != "float32" else "bfloat16"  # float32 is packed as two of these
             count = weights * (2 if dtype == "float32" else 1)
-            types = {"dtype": dtype, "x_dtype": half, "out_dtype": "float32", "normed_dtype": half}
+            types = {"dtype": dtype, "x_dtype": x_type or half, "residual_dtype": half}
+            types.update(out_dtype="float32", normed_dtype=half)
             kernels.mlp(
-                gpu.put(as_dtype(rng.standard_normal((rows, widths[0])), half)),
+                gpu.put(as_dtype(rng.standard_normal((rows, widths[0])), x_type or half)),
                 gpu.put(as_dtype(rng.standard_normal(count) / 16, half)),
                 gpu.put(biases),
                 gpu.put(norm),
+                gpu.put(as_dtype(rng.standard_normal((rows, widths[0])), half)) if after else 0,
                 gpu.out("mlp", 4 * rows * widths[-1]),
                 0 if after else gpu.out("normed rows", 2 * rows * widths[0]),
                 rows=rows,

@@ -38,6 +38,8 @@ __device__ __forceinline__ float2 unpack<BFloat16>(std::uint32_t pair) {
     return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162 const*>(&pair));
 }
 
+__device__ __forceinline__ float as_float(std::uint32_t bits) { return __uint_as_float(bits); }
+
 // sum += A B
 template <typename T>
 __device__ __forceinline__ void multiply(

@@ -1,5 +1,5 @@
-// The kernel of csrc/mlp, in terms of attention/primitives.cuh and cluster.cuh alone: tests/native runs it on a CPU over
-// emulated ones.
+// The kernel of csrc/mlp for chains, in terms of attention/primitives.cuh and cluster.cuh alone: tests/native runs it on a CPU
+// over emulated ones. projection.cuh has that of one layer with residual and LayerNorm after it.
 //
 // A block's warps divide the columns of a layer, and its input channels where there are more warps than columns; sums of all
 // of them meet in shared memory. Weights go to registers directly: each is used by one warp, for all rows of the tile. They
@@ -18,17 +18,18 @@ struct MlpProblem {
     MlpChain chain;
     MlpPlan plan;
     void const* x;
+    void const* residual;  // with `after`
     uint4 const* weights;
     float const* biases;
     float const* norm;
     void* out;
     void* normed;
     std::int64_t rows;
-    std::int32_t x_type, out_type, normed_type;
+    std::int32_t x_type, residual_type, out_type, normed_type;
     float epsilon;
 };
 
-// Steps of a warp's weights that are under way at a time.
+// Steps of a warp's weights that are under way at a time, in a chain.
 constexpr int kMlpAhead = 4;
 
 // What a warp has of a turn of a layer: two tiles of columns and a split of the chunks.
@@ -40,19 +41,15 @@ struct MlpWork {
     bool second;   // whether there is a second tile
 };
 
-__device__ __forceinline__ bool is_summed(MlpProblem const& p, int layer) {
-    return p.chain.after && layer == p.chain.layers - 1;
-}
-
 // The part's first column of all that the layer gives.
 __device__ __forceinline__ int first_column(MlpProblem const& p, int layer, int rank) {
-    return is_summed(p, layer) ? 0 : rank * p.plan.layers[layer].columns;
+    return mlp_sums(p.chain, layer) ? 0 : rank * p.plan.layers[layer].columns;
 }
 
 // The part's weights: its first tile and chunk.
 __device__ __forceinline__ uint4 const* first_weights(MlpProblem const& p, int at, int rank) {
     MlpLayer const& layer = p.plan.layers[at];
-    std::int64_t const chunk = is_summed(p, at) ? rank * layer.chunks : 0;
+    std::int64_t const chunk = mlp_sums(p.chain, at) ? rank * layer.chunks : 0;
     return p.weights + layer.weights +
            (static_cast<std::int64_t>(first_column(p, at, rank) / 8) * layer.row_chunks + chunk) * 32;
 }
@@ -72,7 +69,8 @@ __device__ __forceinline__ MlpWork work_of(MlpProblem const& p, int at, int colu
     return work;
 }
 
-using MlpQueue = uint4[kMlpAhead][kMlpTiles];
+template <int kAhead>
+using MlpQueue = uint4[kAhead][kMlpTiles];
 
 __device__ __forceinline__ void load_step(uint4 (&to)[kMlpTiles], MlpWork const& work, int step) {
     if (step >= work.steps) return;
@@ -80,30 +78,41 @@ __device__ __forceinline__ void load_step(uint4 (&to)[kMlpTiles], MlpWork const&
     to[1] = work.second ? load(work.from + work.next_tile + step * 32) : uint4{0, 0, 0, 0};
 }
 
-__device__ __forceinline__ void load_first(MlpQueue& queue, MlpWork const& work) {
+template <int kAhead>
+__device__ __forceinline__ void load_first(MlpQueue<kAhead>& queue, MlpWork const& work) {
 #pragma unroll
-    for (int i = 0; i < kMlpAhead; ++i) load_step(queue[i], work, i);
+    for (int i = 0; i < kAhead; ++i) load_step(queue[i], work, i);
 }
 
+// Operands of a tile's rows in shared memory: 16 bytes from byte `at` of a row on.
+struct MlpOperands {
+    unsigned char const* first;
+    int pitch;
+
+    __device__ __forceinline__ uint4 get(int row, int at) const {
+        return *reinterpret_cast<uint4 const*>(first + row * pitch + at);
+    }
+};
+
 // The products of a warp's weights, the first of which are on their way in `queue`, with all rows of the tile.
-template <typename O, int kBlocks>
+template <typename O, int kBlocks, int kAhead, typename Rows>
 __device__ __forceinline__ void multiply_rows(
-    MlpQueue& queue, MlpWork const& work, unsigned char const* operands, int pitch, unsigned char* partial, int lane) {
+    MlpQueue<kAhead>& queue, MlpWork const& work, Rows const& rows, unsigned char* partial, int lane) {
     if (work.steps == 0) return;
     int const g = lane >> 2, t = lane & 3;
     float sums[kBlocks][kMlpTiles][4] = {};
-    unsigned char const* const row = operands + g * pitch + work.first_chunk * 64 + t * 16;
-    for (int first = 0; first < work.steps; first += kMlpAhead) {
+    int const start = work.first_chunk * 64 + t * 16;
+    for (int first = 0; first < work.steps; first += kAhead) {
 #pragma unroll
-        for (int i = 0; i < kMlpAhead; ++i) {
+        for (int i = 0; i < kAhead; ++i) {
             int const step = first + i;
             if (step >= work.steps) break;
             uint4 const weights[kMlpTiles] = {queue[i][0], queue[i][1]};
-            load_step(queue[i], work, step + kMlpAhead);
+            load_step(queue[i], work, step + kAhead);
 #pragma unroll
             for (int block = 0; block < kBlocks; ++block) {
-                unsigned char const* const at = row + block * 16 * pitch + step * 64;
-                uint4 const a = *reinterpret_cast<uint4 const*>(at), b = *reinterpret_cast<uint4 const*>(at + 8 * pitch);
+                uint4 const a = rows.get(block * 16 + g, start + step * 64);
+                uint4 const b = rows.get(block * 16 + g + 8, start + step * 64);
 #pragma unroll
                 for (int tile = 0; tile < kMlpTiles; ++tile) O::multiply_chunk(sums[block][tile], a, b, weights[tile]);
             }
@@ -137,13 +146,13 @@ template <int kQuads>
 struct MlpAffine {
     float weight[kQuads][4], bias[kQuads][4];
 
-    __device__ MlpAffine(float const* norm, int channels, int lane) {
+    __device__ __forceinline__ void load(float const* weights, float const* biases, int channels, int lane) {
 #pragma unroll
         for (int i = 0; i < kQuads; ++i) {
             int const channel = lane * 4 + i * 128;
             if (channel >= channels) continue;
-            load_four(norm, channel, kElementFloat, weight[i]);
-            load_four(norm, channels + channel, kElementFloat, bias[i]);
+            load_four(weights, channel, kElementFloat, weight[i]);
+            load_four(biases, channel, kElementFloat, bias[i]);
         }
     }
 };
@@ -180,7 +189,8 @@ template <typename O, bool kNormed>
 __device__ void read_rows(MlpProblem const& p, std::int64_t first_row, int rank, unsigned char* operands, int warp, int lane) {
     constexpr int kQuads = kNormed ? 4 : 2;  // kMaxMlpNormBefore, kMaxMlpNormAfter
     int const channels = p.chain.widths[0];
-    MlpAffine<kQuads> const affine(p.norm, kNormed ? channels : 0, lane);
+    MlpAffine<kQuads> affine;
+    if (kNormed) affine.load(p.norm, p.norm + channels, channels, lane);
     for (int row = warp; row < p.plan.blocks * 16; row += kMlpWarps) {
         unsigned char* const to = operands + row * p.plan.pitch[0];
         std::int64_t const at = (first_row + row) * channels;
@@ -260,20 +270,22 @@ __device__ __forceinline__ void sync_parts(bool cluster) {
     }
 }
 
-// out = norm(x + bias + the parts' sums): a warp for each of the part's share of the rows.
+// out = norm(residual + bias + the parts' sums): a warp for each of the part's share of the rows.
 __device__ inline void finish_rows(
     MlpProblem const& p, int at, std::int64_t first_row, int rank, unsigned char* partial, int warp, int lane) {
     MlpLayer const& layer = p.plan.layers[at];
     int const channels = layer.columns, parts = p.plan.parts;
     float biases[kMlpQuads][4] = {};
     load_biases(biases, p, at, 0, rank, lane);
-    MlpAffine<kMlpQuads> const affine(p.norm, channels, lane);
+    MlpAffine<kMlpQuads> affine;
+    affine.load(p.norm, p.norm + channels, channels, lane);
     float v[kMlpQuads][4] = {};
     auto const load_row = [&](int row) {
 #pragma unroll
         for (int i = 0; i < kMlpQuads; ++i) {
             int const channel = lane * 4 + i * 128;
-            if (channel < channels) load_four(p.x, (first_row + row) * channels + channel, p.x_type, v[i]);
+            if (channel >= channels) continue;
+            load_four(p.residual, (first_row + row) * channels + channel, p.residual_type, v[i]);
         }
     };
     int const step = kMlpWarps * parts;
@@ -335,7 +347,7 @@ __device__ void mlp_block(MlpProblem const& p) {
     auto const pitch = [&](int layer) { return layer % 2 == 0 ? p.plan.pitch[0] : p.plan.pitch[1]; };
 
     if (cluster) cluster_arrive();  // nobody writes to a block that has not begun
-    MlpQueue queue;
+    MlpQueue<kMlpAhead> queue;
     MlpWork work = work_of(p, 0, 0, rank, warp, lane);
     load_first(queue, work);
     prefetch_parameters(p, rank, warp, lane);
@@ -348,8 +360,8 @@ __device__ void mlp_block(MlpProblem const& p) {
     if (cluster) cluster_wait();
 
     for (int at = 0, column = 0;;) {
-        multiply_rows<O, kBlocks>(queue, work, operands(at), pitch(at), partial, lane);
-        if (is_summed(p, at)) {  // in one turn
+        multiply_rows<O, kBlocks>(queue, work, MlpOperands{operands(at), pitch(at)}, partial, lane);
+        if (mlp_sums(p.chain, at)) {  // in one turn
             finish_rows(p, at, first_row, rank, partial, warp, lane);
             return;
         }
@@ -362,7 +374,7 @@ __device__ void mlp_block(MlpProblem const& p) {
             load_first(queue, work);
         }
         sync_block();
-        bool const everywhere = cluster && !is_summed(p, at + 1);  // what the last layer sums stays where it is
+        bool const everywhere = cluster && !mlp_sums(p.chain, at + 1);  // what the last layer sums stays where it is
         finish_columns<O>(
             p, at, column, biases, first_row, rank, partial, operands(at + 1), pitch(at + 1), everywhere, warp, lane);
         if (next == p.chain.layers) return;

@@ -2,18 +2,22 @@
 
 #include "attention/launch.cuh"
 #include "mlp/kernel.cuh"
+#include "mlp/projection.cuh"
 
 namespace d2_trt {
 namespace {
 
-static_assert(kMlpMaxLayers == kMaxMlpLayers && kMlpColumns == kMaxMlpNormAfter);
+static_assert(kMlpColumns == kMaxMlpNormAfter);
 
 constexpr std::int64_t kMaxRows = std::int64_t{1} << 24;
-constexpr int kMostParts = 8;  // a cluster of more blocks is not portable
 
-template <typename O, int kBlocks>
+template <typename O, int kBlocks, bool kProjection>
 __global__ void __launch_bounds__(kMlpWarps * 32) mlp_kernel(__grid_constant__ MlpProblem const p) {
-    mlp_block<O, kBlocks>(p);
+    if constexpr (kProjection) {
+        projection_block<O, kBlocks>(p);
+    } else {
+        mlp_block<O, kBlocks>(p);
+    }
 }
 
 MlpChain chain_of(MlpSizes const& sizes, DType type) {
@@ -26,10 +30,10 @@ MlpChain chain_of(MlpSizes const& sizes, DType type) {
     return chain;
 }
 
-template <typename O, int kBlocks>
+template <typename O, int kBlocks, bool kProjection>
 void open(int bytes, Device const& on) {
     static std::atomic<int> opened[kMaxDevices];
-    open_shared(mlp_kernel<O, kBlocks>, bytes, on, opened);
+    open_shared(mlp_kernel<O, kBlocks, kProjection>, bytes, on, opened);
 }
 
 #if CUDART_VERSION >= 11080
@@ -60,13 +64,14 @@ template <typename O>
 int ask_parts(Device const& on) {
 #if CUDART_VERSION >= 11080
     cudaFuncAttributes attributes{};
-    check_cuda(cudaFuncGetAttributes(&attributes, mlp_kernel<O, 1>), "mlp: attributes of the kernel");
+    auto* const kernel = mlp_kernel<O, 1, false>;
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel), "mlp: attributes of the kernel");
     if (on.major < 9 || attributes.ptxVersion < 90 || attributes.binaryVersion < 90) return 1;
-    open<O, 1>(on.shared_bytes, on);
-    for (int parts = kMostParts; parts > 1; parts /= 2) {
+    open<O, 1, false>(on.shared_bytes, on);
+    for (int parts = kMaxMlpParts; parts > 1; parts /= 2) {
         ClusterLaunch const launch(static_cast<unsigned>(parts), parts, on.shared_bytes, nullptr);
         int clusters = 0;
-        check_cuda(cudaOccupancyMaxActiveClusters(&clusters, mlp_kernel<O, 1>, &launch.config), "mlp: clusters");
+        check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config), "mlp: clusters");
         if (clusters > 0) return parts;
     }
 #endif
@@ -85,30 +90,36 @@ int parts_of(MlpChain const& chain, Device const& on) {
     return parts;
 }
 
-template <typename O, int kBlocks>
+template <typename O, int kBlocks, bool kProjection>
 void launch(MlpProblem const& p, Device const& on, cudaStream_t stream) {
-    open<O, kBlocks>(p.plan.bytes, on);
+    auto* const kernel = mlp_kernel<O, kBlocks, kProjection>;
+    open<O, kBlocks, kProjection>(p.plan.bytes, on);
     unsigned const grid = count(std::int64_t{p.plan.tiles} * p.plan.parts);
 #if CUDART_VERSION >= 11080
     if (p.plan.parts > 1) {
         ClusterLaunch const clusters(grid, p.plan.parts, p.plan.bytes, stream);
-        check_cuda(cudaLaunchKernelEx(&clusters.config, mlp_kernel<O, kBlocks>, p), "mlp");
+        check_cuda(cudaLaunchKernelEx(&clusters.config, kernel, p), "mlp");
         return;
     }
 #endif
-    mlp_kernel<O, kBlocks><<<grid, kMlpWarps * 32, p.plan.bytes, stream>>>(p);
+    kernel<<<grid, kMlpWarps * 32, p.plan.bytes, stream>>>(p);
     check_cuda(cudaGetLastError(), "mlp");
 }
 
+template <typename O, bool kProjection>
+void launch_blocks(MlpProblem const& p, Device const& on, cudaStream_t stream) {
+    switch (p.plan.blocks) {
+        case 1: return launch<O, 1, kProjection>(p, on, stream);
+        case 2: return launch<O, 2, kProjection>(p, on, stream);
+        default: return launch<O, 4, kProjection>(p, on, stream);
+    }
+}
+
 template <typename O>
-void launch_blocks(MlpProblem& p, Device const& on, cudaStream_t stream) {
+void launch_plan(MlpProblem& p, Device const& on, cudaStream_t stream) {
     int const parts = parts_of<O>(p.chain, on);
     p.plan = mlp_plan(p.chain, p.rows, parts, on.multiprocessors, on.shared_bytes);
-    switch (p.plan.blocks) {
-        case 1: return launch<O, 1>(p, on, stream);
-        case 2: return launch<O, 2>(p, on, stream);
-        default: return launch<O, 4>(p, on, stream);
-    }
+    return mlp_is_projection(p.chain) ? launch_blocks<O, true>(p, on, stream) : launch_blocks<O, false>(p, on, stream);
 }
 
 }  // namespace
@@ -119,7 +130,7 @@ bool mlp_takes(MlpSizes const& sizes, DType type) {
         if (sizes.widths[i] < 1 || sizes.widths[i] > kMaxMlpWidth || sizes.widths[i] % kMlpWidthStep != 0) return false;
     }
     std::int32_t const first = sizes.widths[0], last = sizes.widths[sizes.layers];
-    if (sizes.after && (sizes.layers < 2 || first != last || last > kMaxMlpNormAfter)) return false;
+    if (sizes.after && (first != last || last > kMaxMlpNormAfter)) return false;
     if (!sizes.after && first > kMaxMlpNormBefore) return false;
     return mlp_plan(chain_of(sizes, type), 1, 1, 1, kMlpSharedBytes).bytes <= kMlpSharedBytes;
 }
@@ -143,17 +154,20 @@ void mlp(MlpTensors const& t, MlpSizes const& sizes, float epsilon, cudaStream_t
     require(sizes.rows >= 0 && sizes.rows <= kMaxRows, "mlp: ", sizes.rows, " rows; expected 0 to ", kMaxRows);
     require(epsilon >= 0.0F, "mlp: epsilon is ", epsilon, "; expected at least 0");
     require(t.normed == nullptr || !sizes.after, "mlp: normed rows are asked for where LayerNorm is after the layers");
+    require(t.residual == nullptr || sizes.after, "mlp: a residual is given where LayerNorm is before the layers");
     if (sizes.rows == 0) return;
     auto const address = [](void const* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); };
     require_aligned(address(t.x), 16, "mlp: x");
     require_aligned(address(t.weights), 16, "mlp: weights");
     require_aligned(address(t.biases), 16, "mlp: biases");
     require_aligned(address(t.norm), 16, "mlp: norm");
+    if (t.residual != nullptr) require_aligned(address(t.residual), 16, "mlp: residual");
     require_aligned(address(t.out), 16, "mlp: out");
     if (t.normed != nullptr) require_aligned(address(t.normed), 16, "mlp: normed");
     MlpProblem p{};
     p.chain = chain_of(sizes, t.type);
     p.x = t.x;
+    p.residual = t.residual != nullptr ? t.residual : t.x;
     p.weights = static_cast<uint4 const*>(t.weights);
     p.biases = t.biases;
     p.norm = t.norm;
@@ -161,13 +175,14 @@ void mlp(MlpTensors const& t, MlpSizes const& sizes, float epsilon, cudaStream_t
     p.normed = t.normed;
     p.rows = sizes.rows;
     p.x_type = static_cast<std::int32_t>(t.x_type);
+    p.residual_type = static_cast<std::int32_t>(t.residual != nullptr ? t.residual_type : t.x_type);
     p.out_type = static_cast<std::int32_t>(t.out_type);
     p.normed_type = static_cast<std::int32_t>(t.normed_type);
     p.epsilon = epsilon;
     switch (t.type) {
-        case DType::kFloat32: return launch_blocks<Operands<Split>>(p, on, stream);
-        case DType::kFloat16: return launch_blocks<Operands<Half>>(p, on, stream);
-        default: return launch_blocks<Operands<BFloat16>>(p, on, stream);
+        case DType::kFloat32: return launch_plan<Operands<Split>>(p, on, stream);
+        case DType::kFloat16: return launch_plan<Operands<Half>>(p, on, stream);
+        default: return launch_plan<Operands<BFloat16>>(p, on, stream);
     }
 }
 

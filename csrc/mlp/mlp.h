@@ -2,7 +2,7 @@
 // after it, in one kernel.
 //
 //     before:  out = L_n(relu(... relu(L_1(norm(x)))))
-//     after:   out = norm(x + L_n(relu(... relu(L_1(x)))))
+//     after:   out = norm(residual + L_n(relu(... relu(L_1(x))))), where the residual is x or another tensor
 //
 // Rows are few and weights are many: what takes the time is to bring the weights to the multiprocessors. Sixteen to sixty-four
 // rows are the work of a cluster of up to eight blocks, each of which reads its part of every layer's weights and nothing
@@ -16,10 +16,10 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "mlp/plan.h"
 
 namespace d2_trt {
 
-constexpr int kMaxMlpLayers = 4;
 constexpr int kMlpWidthStep = 32;    // all widths are multiples of it
 constexpr int kMaxMlpWidth = 8192;
 constexpr int kMaxMlpNormBefore = 512;  // channels
@@ -44,10 +44,12 @@ struct MlpTensors {
     void const* weights = nullptr;     // the layers' one after another
     float const* biases = nullptr;     // the layers' one after another
     float const* norm = nullptr;       // (2, C): weight, then bias
+    void const* residual = nullptr;    // (rows, widths[layers]), with `after` only; or nullptr: x
     void* out = nullptr;               // (rows, widths[layers])
     void* normed = nullptr;            // (rows, widths[0]): norm(x), without `after` only; or nullptr
     DType type = DType::kFloat16;      // of the products; float32: of bfloat16 parts, about 16 bits
     DType x_type = DType::kFloat16;
+    DType residual_type = DType::kFloat16;
     DType out_type = DType::kFloat16;
     DType normed_type = DType::kFloat32;
 };

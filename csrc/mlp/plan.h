@@ -10,15 +10,25 @@ constexpr int kMlpWarps = 16;
 constexpr int kMlpTiles = 2;                                  // tiles of 8 columns that a warp has at a time
 constexpr int kMlpColumns = kMlpWarps * kMlpTiles * 8;        // columns that a block has at a time
 constexpr int kMlpPartialPitch = (kMlpColumns + 8) * 4;       // bytes; rows are shifted by eight banks each
-constexpr int kMlpMaxLayers = 4;
+constexpr int kMlpStatisticsBytes = 8;                        // of a row's columns in a part: two floats
+constexpr int kMaxMlpLayers = 4;
+constexpr int kMaxMlpParts = 8;                               // a cluster of more blocks is not portable
 
 struct MlpChain {
     std::int32_t layers;
-    std::int32_t widths[kMlpMaxLayers + 1];
+    std::int32_t widths[kMaxMlpLayers + 1];
     bool after;           // residual and LayerNorm after the layers
     std::int32_t bytes;   // of an operand's channel in shared memory
     std::int32_t chunk;   // channels of a step
 };
+
+// Whether it is one layer with residual and LayerNorm after it, as after attention: projection.cuh.
+constexpr bool mlp_is_projection(MlpChain const& chain) { return chain.after && chain.layers == 1; }
+
+// Whether a layer's columns are summed over the parts, each of which has its share of the input channels.
+constexpr bool mlp_sums(MlpChain const& chain, int layer) {
+    return chain.after && chain.layers > 1 && layer == chain.layers - 1;
+}
 
 // A layer as one part has it. Its columns are done in turns of at most kMlpColumns; in a turn, groups of two tiles of columns
 // and splits of its chunks are a warp's each.
@@ -32,9 +42,9 @@ struct MlpLayer {
     std::int32_t groups, splits, steps;  // steps: chunks of a split
 };
 
-// The parts are blocks of a cluster. Of all layers but the last one of `after` each part makes its share of the columns. All
-// get all of them, but what the last layer of `after` reads stays where it is made: that layer's columns are summed over the
-// parts.
+// The parts are blocks of a cluster. Of all layers but those that are summed each part makes its share of the columns. All get
+// all of them, but what a summed layer reads stays where it is made, and so do the columns of a projection, whose rows'
+// statistics alone are exchanged.
 struct MlpPlan {
     std::int32_t parts = 1;
     std::int32_t blocks = 1;      // of 16 rows, in a tile
@@ -42,14 +52,15 @@ struct MlpPlan {
     std::int32_t pitch[2] = {};   // bytes from row to row of operands, of the even layers and the odd ones
     std::int32_t operands[2] = {};
     std::int32_t partial = 0;
+    std::int32_t statistics = 0;  // of a projection
     std::int32_t bytes = 0;       // of shared memory
-    MlpLayer layers[kMlpMaxLayers] = {};
+    MlpLayer layers[kMaxMlpLayers] = {};
 };
 
 inline bool mlp_divides(MlpChain const& chain, int parts) {
     for (int layer = 0; layer < chain.layers; ++layer) {
-        if (chain.after && layer == chain.layers - 1) continue;
-        bool const stays = chain.after && layer == chain.layers - 2;
+        if (mlp_sums(chain, layer)) continue;
+        bool const stays = mlp_sums(chain, layer + 1);
         if (chain.widths[layer + 1] % (parts * (stays ? chain.chunk : 8)) != 0) return false;
     }
     return true;
@@ -61,8 +72,8 @@ inline void mlp_layout(MlpChain const& chain, MlpPlan& plan) {
     std::int32_t const rows = plan.blocks * 16;
     std::int32_t widest[2] = {0, 0};
     for (int layer = 0; layer < chain.layers; ++layer) {
-        bool const part = chain.after && layer == chain.layers - 1;
-        widest[layer % 2] = std::max(widest[layer % 2], chain.widths[layer] / (part ? plan.parts : 1));
+        std::int32_t const share = mlp_sums(chain, layer) ? plan.parts : 1;
+        widest[layer % 2] = std::max(widest[layer % 2], chain.widths[layer] / share);
     }
     std::int32_t at = 0;
     for (int i = 0; i < 2; ++i) {
@@ -71,14 +82,15 @@ inline void mlp_layout(MlpChain const& chain, MlpPlan& plan) {
         at += widest[i] == 0 ? 0 : rows * plan.pitch[i];
     }
     plan.partial = at;
-    plan.bytes = at + rows * kMlpPartialPitch;
+    plan.statistics = at + rows * kMlpPartialPitch;
+    plan.bytes = plan.statistics + (mlp_is_projection(chain) ? rows * plan.parts * kMlpStatisticsBytes : 0);
 }
 
 inline void mlp_divide(MlpChain const& chain, MlpPlan& plan) {
     std::int64_t weights = 0;
     std::int32_t biases = 0;
     for (int i = 0; i < chain.layers; ++i) {
-        bool const summed = chain.after && i == chain.layers - 1;
+        bool const summed = mlp_sums(chain, i);
         std::int32_t const in = chain.widths[i], out = chain.widths[i + 1];
         MlpLayer& layer = plan.layers[i];
         layer.weights = weights;

@@ -61,6 +61,7 @@ class Graph:
         self.normalization = normalization
         self.attention = attention
         self._inside = inside
+        self._seen = set()
         self._alive = []  # TensorRT reads weights when it builds: they must outlive the network
         self._shapes = {}
         # Float types by tensor name: TensorRT 8.6 calls what a shuffle, slice or concatenation gives float32.
@@ -78,6 +79,12 @@ class Graph:
         precision. For converters of functions that take a module.
         """
         return contextlib.nullcontext() if self._inside is None else self._inside(module)
+
+    def first_time(self, *what) -> bool:
+        """Whether this is asked about `what` for the first time: what many layers have in common is told once a build."""
+        new = what not in self._seen
+        self._seen.add(what)
+        return new
 
     # Tensors
 

@@ -1,4 +1,6 @@
-"""Converters of the decoder's feed-forward layers and mask embedding: our plugin, or the functions that they call."""
+"""Converters of the decoder's feed-forward layers, mask embedding and attention's output projections: our plugin, or the
+functions that they call.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,15 @@ def feed_forward(g, result, x, linear1, linear2, norm):
     if dtype not in attention_cuda.DTYPES or not _usable(g, [linear1, linear2], True, dtype):
         return DECLINED
     return _plugin(g, g.tensor(x), [linear1, linear2], norm, after=1, dtype=dtype)
+
+
+@converts(_OPS + "linear_residual_layer_norm")
+def linear_residual_layer_norm(g, result, x, linear, residual, norm):
+    dtype = _precision(g, [linear, norm])
+    # In float32 as for feed-forward layers.
+    if dtype not in attention_cuda.DTYPES or not _usable(g, [linear], True, dtype):
+        return DECLINED
+    return _plugin(g, g.tensor(x), [linear], norm, after=1, dtype=dtype, residual=g.tensor(residual))
 
 
 @converts(_OPS + "mlp_of_norm")
@@ -62,12 +73,13 @@ def _usable(g, layers: list[nn.Linear], after: bool, dtype: torch.dtype) -> bool
     widths = _widths(layers)
     between = widths[1:-1]
     if not mlp_cuda.supported(widths, after, dtype) or any(w != between[0] for w in between):
-        logger.warning(
-            "%s has no code for layers of %s channels: %s gets TensorRT's own layers",
-            plugin.MLP.name,
-            widths,
-            g.current_module(),
-        )
+        if g.first_time("mlp", after, *widths):
+            logger.warning(
+                "%s has no code for layers of %s channels: %s gets TensorRT's own layers, as do all others like it",
+                plugin.MLP.name,
+                widths,
+                g.current_module(),
+            )
         return False
     device = layers[0].weight.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -78,8 +90,17 @@ def _widths(layers: list[nn.Linear]) -> list[int]:
     return [layers[0].in_features, *(layer.out_features for layer in layers)]
 
 
-def _plugin(g, x, layers: list[nn.Linear], norm: nn.LayerNorm, after: int, dtype, with_normed: bool = False):
-    """x comes in the type that it has, and results are of the layers' type."""
+def _plugin(
+    g,
+    x,
+    layers: list[nn.Linear],
+    norm: nn.LayerNorm,
+    after: int,
+    dtype: torch.dtype,
+    residual=None,
+    with_normed: bool = False,
+):
+    """x and the residual come in the types that they have, and results are of the layers' type."""
     widths = _widths(layers)
     biases = [torch.zeros(n) if layer.bias is None else layer.bias for n, layer in zip(widths[1:], layers)]
     inputs = [
@@ -87,10 +108,12 @@ def _plugin(g, x, layers: list[nn.Linear], norm: nn.LayerNorm, after: int, dtype
         g.words(mlp_cuda.pack_weights([layer.weight.detach() for layer in layers], dtype)),
         g.constant(torch.cat([bias.detach().float().cpu() for bias in biases])),
         g.constant(torch.stack([norm.weight, norm.bias])),
+        *([] if residual is None else [residual]),
     ]
     fields = {
         "type": dtype,
         "x_type": g.torch_dtype(x),
+        "residual_type": -1 if residual is None else g.torch_dtype(residual),
         "out_type": dtype,
         "normed_type": dtype if with_normed else -1,
         "layers": len(layers),

@@ -43,6 +43,11 @@ def linear_relu(x: Tensor, linear: nn.Linear) -> Tensor:
     return F.relu(linear(x))
 
 
+def linear_residual_layer_norm(x: Tensor, linear: nn.Linear, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """norm(residual + linear(x)): (..., D) and (..., C) -> (..., C)."""
+    return residual_layer_norm(residual, linear(x), norm)
+
+
 def feed_forward(x: Tensor, linear1: nn.Linear, linear2: nn.Linear, norm: nn.LayerNorm) -> Tensor:
     """norm(x + linear2(relu(linear1(x)))): (..., C) -> (..., C)."""
     return residual_layer_norm(x, linear2(linear_relu(x, linear1)), norm)

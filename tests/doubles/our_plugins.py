@@ -326,11 +326,14 @@ class MaskProduct(OurPlugin):
 
 
 class Mlp(OurPlugin):
-    """Inputs: x (..., C), packed weights (words), biases of all layers, and the LayerNorm's weight and bias (2, C)."""
+    """Inputs: x (..., C), packed weights (words), biases of all layers, and the LayerNorm's weight and bias (2, C); where
+    its type is not -1, a residual of x's shape.
+    """
 
     NAME = "D2TRTMlp"
+    VERSION = "2"
     FIELDS: ClassVar = {
-        **dict.fromkeys(("type", "x_type", "out_type", "normed_type"), int),
+        **dict.fromkeys(("type", "x_type", "residual_type", "out_type", "normed_type"), int),
         **dict.fromkeys(("layers", "channels", "hidden", "out", "after"), int),
         "epsilon": float,
     }
@@ -343,10 +346,12 @@ class Mlp(OurPlugin):
     def possible(self):
         f = self.fields
         normed = f["normed_type"] == -1 or (self._is_type("normed_type") and f["after"] == 0)
+        residual = f["residual_type"] == -1 or (self._is_type("residual_type") and f["after"] == 1)
         dtype = {0: torch.float32, 1: torch.float16, 2: torch.bfloat16}.get(f["type"])
         return (
             self._is_type("x_type", "out_type")
             and normed
+            and residual
             and f["after"] in (0, 1)
             and f["layers"] >= 1
             and mlp_cuda.supported(self._widths, f["after"] == 1, dtype)
@@ -354,7 +359,9 @@ class Mlp(OurPlugin):
         )
 
     def input_types(self):
-        return [TYPE_NAMES[self.fields["x_type"]], "INT32", "FLOAT", "FLOAT"]
+        types = [TYPE_NAMES[self.fields["x_type"]], "INT32", "FLOAT", "FLOAT"]
+        residual = self.fields["residual_type"]
+        return types if residual == -1 else [*types, TYPE_NAMES[residual]]
 
     def output_types(self):
         types = (self.fields["out_type"], self.fields["normed_type"])
@@ -376,13 +383,16 @@ class Mlp(OurPlugin):
             weights.append(blocks.transpose(1, 2).reshape(o, i))
         return weights
 
-    def compute(self, x, words, biases, norm):
+    def compute(self, x, words, biases, norm, residual=None):
         widths = self._widths
         per_word = 1 if self.fields["type"] == 0 else 2
         count = sum(i * o for i, o in itertools.pairwise(widths)) // per_word
         shapes = (x.shape[-1:], words.shape, biases.shape, norm.shape)
         if shapes != ((widths[0],), (count,), (sum(widths[1:]),), (2, widths[0])):
             raise Refused(f"x, weights, biases and norm are {shapes}")
+        residual = x if residual is None else residual
+        if residual.shape != x.shape:
+            raise Refused(f"a residual {tuple(residual.shape)} for x {tuple(x.shape)}")
 
         def normalized(v):
             return F.layer_norm(v, (widths[0],), norm[0], norm[1], self.fields["epsilon"])
@@ -392,7 +402,7 @@ class Mlp(OurPlugin):
         for i, (weight, bias) in enumerate(layers):
             out = F.linear(out if i == 0 else out.relu(), weight, bias)
         if self.fields["after"]:
-            return normalized(x + out)
+            return normalized(residual + out)
         return out if self.fields["normed_type"] == -1 else (out, first)
 
 

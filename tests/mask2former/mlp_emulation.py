@@ -48,6 +48,7 @@ def mlp(
     *,
     after,
     dtype,
+    residual=None,
     out_dtype=None,
     normed_dtype=None,
     parts=8,
@@ -60,6 +61,7 @@ def mlp(
 
     blocks: how many blocks of 16 rows the plan must have in a tile.
     """
+    residual = x if residual is None else residual
     widths = [x.shape[-1], *(len(weight) for weight in weights)]
     nan = float("nan")
     given = {
@@ -67,10 +69,12 @@ def mlp(
         "weights": _guarded(mlp_cuda.pack_weights(weights, dtype)),
         "biases": _guarded(torch.cat([bias.float() for bias in biases])),
         "norm": _guarded(torch.stack([norm_weight, norm_bias])),
+        "residual": _guarded(residual),
         "out": _guarded(torch.full((*x.shape[:-1], widths[-1]), nan, dtype=out_dtype or x.dtype)),
         "normed": None if normed_dtype is None else _guarded(torch.full_like(x, nan, dtype=normed_dtype)),
     }
-    types = [TYPES[t or torch.float32] for t in (dtype, x.dtype, out_dtype or x.dtype, normed_dtype)]
+    dtypes = (dtype, x.dtype, residual.dtype, out_dtype or x.dtype, normed_dtype)
+    types = [TYPES[t or torch.float32] for t in dtypes]
     made = 0
     while not made:
         sizes = [parts, multiprocessors, shared_bytes, int(backwards), *types, int(after)]

@@ -22,30 +22,32 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TOLERANCE = {F32: 1e-5, F16: 1e-3, BF16: 8e-3}
 # Without LayerNorm after the layers: of the mask embedding, TF32's 11 bits would be 3e-4.
 EMBEDDING, FEED_FORWARD = [256, 256, 256, 256], [256, 2048, 256]
+PROJECTION = [256, 256]  # of attention's output
 
 
 def layer_norm(x, weight, bias, eps):
     return F.layer_norm(x.double(), weight.shape, weight.double(), bias.double(), eps)
 
 
-def definition(x, weights, biases, norm_weight, norm_bias, eps, after):
+def definition(x, weights, biases, norm_weight, norm_bias, eps, after, residual=None):
     """What `mlp` gives, in float64: the result, and norm(x)."""
     normed = layer_norm(x, norm_weight, norm_bias, eps)
     out = x.double() if after else normed
     for i, (weight, bias) in enumerate(zip(weights, biases)):
         out = F.linear(out if i == 0 else out.relu(), weight.double(), bias.double())
-    return (layer_norm(x + out, norm_weight, norm_bias, eps) if after else out), normed
+    residual = x if residual is None else residual
+    return (layer_norm(residual + out, norm_weight, norm_bias, eps) if after else out), normed
 
 
-def inputs(rows, widths, after, x_dtype=F16, eps=1e-5):
-    """rows: a number, or the sizes of all dimensions but the last."""
+def inputs(rows, widths, after, x_dtype=F16, eps=1e-5, residual=None):
+    """rows: a number, or the sizes of all dimensions but the last. residual: the type of one that is not x."""
     rows = rows if isinstance(rows, tuple) else (rows,)
     rng = torch.Generator().manual_seed(sum(rows) + sum(widths))
 
     def randn(*shape, std=1.0, mean=0.0):
         return torch.randn(*shape, generator=rng) * std + mean
 
-    return {
+    given = {
         "x": randn(*rows, widths[0], std=2.0, mean=0.5).to(x_dtype),
         "weights": [randn(o, i, std=i**-0.5) for i, o in itertools.pairwise(widths)],
         "biases": [randn(o) for o in widths[1:]],
@@ -54,6 +56,9 @@ def inputs(rows, widths, after, x_dtype=F16, eps=1e-5):
         "eps": eps,
         "after": after,
     }
+    if residual is not None:
+        given["residual"] = randn(*rows, widths[-1], std=3.0, mean=-1.0).to(residual)
+    return given
 
 
 def error(actual, expected) -> float:
@@ -90,8 +95,8 @@ def run(request):
     return request.param
 
 
-def check(run, rows, widths, after, dtype, x_dtype=F16, out_dtype=F32, **options):
-    given = inputs(rows, widths, after, x_dtype)
+def check(run, rows, widths, after, dtype, x_dtype=F16, out_dtype=F32, residual=None, **options):
+    given = inputs(rows, widths, after, x_dtype, residual=residual)
     expected, _ = definition(**given)
     out, normed = run(**given, dtype=dtype, out_dtype=out_dtype, **options)
     assert normed is None and out.dtype == out_dtype
@@ -104,6 +109,9 @@ def check(run, rows, widths, after, dtype, x_dtype=F16, out_dtype=F32, **options
     ("widths", "after"),
     [
         ([64, 64], False),
+        ([64, 64], True),
+        ([96, 96], True),  # four parts of 24 columns
+        ([224, 224], True),  # rows of odd multiples of 64 bytes; splits of unequal length
         ([64, 64, 64, 64], False),
         ([32, 96, 160], False),  # rows of odd multiples of 64 bytes; parts that do not divide the layers
         ([96, 32, 32, 32, 288], False),  # columns of more than one turn
@@ -118,19 +126,25 @@ def test_kernel_equals_the_definition(run, widths, after, rows, dtype):
 
 @emulates
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
-@pytest.mark.parametrize(("widths", "after"), [([64, 256, 64], True), ([64, 128, 64], False)])
+@pytest.mark.parametrize(
+    ("widths", "after"), [([64, 256, 64], True), ([64, 128, 64], False), ([64, 64], True), ([256, 256], True)]
+)
 def test_any_number_of_blocks_in_a_cluster(parts, widths, after):
     for dtype in (F32, F16):
         check(mlp_emulation.mlp, 20, widths, after, dtype, parts=parts)
         check(mlp_emulation.mlp, 20, widths, after, dtype, parts=parts, backwards=True)
+    check(mlp_emulation.mlp, 20, widths, after, BF16, parts=parts, x_dtype=BF16)
 
 
 @emulates
 @pytest.mark.parametrize(("multiprocessors", "blocks"), [(40, 1), (24, 2), (16, 4), (1, 4)])
-@pytest.mark.parametrize(("widths", "after"), [([64, 256, 64], True), ([64, 64, 64], False)])
+@pytest.mark.parametrize(
+    ("widths", "after"), [([64, 256, 64], True), ([64, 64, 64], False), ([64, 64], True)]
+)
 def test_tiles_of_more_rows_where_there_are_many(multiprocessors, blocks, widths, after):
     options = {"multiprocessors": multiprocessors, "blocks": blocks, "parts": 8}
-    check(mlp_emulation.mlp, 65, widths, after, F16, **options)
+    for x_dtype in (F16, F32):
+        check(mlp_emulation.mlp, 65, widths, after, F16, x_dtype, **options)
 
 
 @emulates
@@ -151,7 +165,14 @@ def test_tiles_are_no_larger_than_the_shared_memory():
 @pytest.mark.parametrize(
     ("widths", "after", "dtype"),
     # Feed-forward layers in float32 are more than a block's shared memory holds without clusters.
-    [(EMBEDDING, False, F32), (EMBEDDING, False, F16), (FEED_FORWARD, True, F16), (FEED_FORWARD, True, BF16)],
+    [
+        (EMBEDDING, False, F32),
+        (EMBEDDING, False, F16),
+        (FEED_FORWARD, True, F16),
+        (FEED_FORWARD, True, BF16),
+        (PROJECTION, True, F16),
+        (PROJECTION, True, BF16),
+    ],
     ids=str,
 )
 def test_layers_of_the_model(run, widths, after, dtype):
@@ -171,6 +192,31 @@ def test_normed_rows(run, normed_dtype):
 @pytest.mark.parametrize("out_dtype", [F32, F16, BF16], ids=str)
 def test_types_of_inputs_and_outputs(run, x_dtype, out_dtype):
     check(run, 5, [64, 64, 64], True, F16, x_dtype, out_dtype)
+    for dtype in (F16, BF16, F32):
+        check(run, 5, [64, 64], True, dtype, x_dtype, out_dtype)
+
+
+@pytest.mark.parametrize("residual", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("x_dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("widths", [[64, 64], [64, 128, 64], [256, 256]], ids=str)
+def test_residual_that_is_not_the_input(run, widths, x_dtype, residual):
+    for dtype in (F16, BF16) if max(widths) > 64 else (F16, BF16, F32):
+        check(run, (2, 9), widths, True, dtype, x_dtype, residual=residual)
+
+
+@pytest.mark.parametrize("rows", [16, 17, 64, 129])
+def test_rows_of_whole_tiles_and_of_one_more(run, rows):
+    check(run, rows, [64, 64], True, F16, residual=F16)
+    check(run, rows, [64, 64], True, F16, F32, residual=F32)
+
+
+@pytest.mark.parametrize("widths", [[64, 64], [256, 256], [64, 64, 64]], ids=str)
+def test_variance_of_rows_far_from_zero(run, widths):
+    """A mean of hundreds of deviations, which the difference of two sums of squares would lose."""
+    given = inputs(18, widths, True, F32, residual=F32)
+    given["residual"] += 1000.0
+    expected, _ = definition(**given)
+    assert error(run(**given, dtype=F32, out_dtype=F32)[0], expected) < 2e-4
 
 
 def test_float32_keeps_what_half_precision_loses(run):
@@ -202,6 +248,8 @@ CHAINS = [
         [256, 4096, 256],
         [256, 1024, 256],
         [64, 64],
+        PROJECTION,
+        [288, 288],
         [512, 512, 512],
         [544, 64, 544],
         [64, 2048, 64],
@@ -218,6 +266,7 @@ CHAINS = [
 def test_what_there_is_a_kernel_for():
     assert mlp_cuda.supported(EMBEDDING, False, F32) and mlp_cuda.supported(EMBEDDING, False, F16)
     assert mlp_cuda.supported(FEED_FORWARD, True, F16) and mlp_cuda.supported(FEED_FORWARD, True, BF16)
+    assert all(mlp_cuda.supported(PROJECTION, True, dtype) for dtype in (F32, F16, BF16))
     assert not mlp_cuda.supported([64, 96, 128], True, F16)  # no residual
     assert not mlp_cuda.supported([40, 64, 40], False, F16)
     assert not mlp_cuda.supported([64] * 6, False, F16)
@@ -239,6 +288,7 @@ def test_where_it_pays():
         assert mlp_cuda.pays(widths, dtype) and mlp_cuda.pays(widths, dtype, (9, 0))
     # One multiprocessor reads all weights for sixteen rows.
     assert mlp_cuda.pays(EMBEDDING, F32, (8, 0)) and not mlp_cuda.pays(FEED_FORWARD, F16, (8, 0))
+    assert mlp_cuda.pays(PROJECTION, F16, (9, 0)) and not mlp_cuda.pays(PROJECTION, F16, (8, 9))
 
 
 @pytest.mark.gpu
@@ -252,13 +302,16 @@ def test_where_it_pays():
         (FEED_FORWARD, True, F16),
         (FEED_FORWARD, True, BF16),
         (FEED_FORWARD, True, F32),
+        (PROJECTION, True, F16),
+        (PROJECTION, True, BF16),
+        (PROJECTION, True, F32),
         ([256, 2048, 2048, 256], False, F16),
         ([512, 512, 512, 2048], False, F16),
     ],
 )
 def test_full_size(widths, after, dtype, rows):
     if mlp_cuda.supported(widths, after, dtype):
-        check(on_gpu, rows, widths, after, dtype)
+        check(on_gpu, rows, widths, after, dtype, residual=F16 if after else None)
     else:
         with pytest.raises(ValueError, match="have no kernel"):
             on_gpu(**inputs(rows, widths, after), dtype=dtype)
@@ -307,5 +360,24 @@ def test_what_the_kernel_refuses():
         on_gpu(**{**given, "norm_bias": given["norm_bias"].half()}, dtype=F16)
     with pytest.raises(ValueError, match="LayerNorm comes after"):
         on_gpu(**given, dtype=F16, normed_dtype=F32)
+    with pytest.raises(ValueError, match=r"the residual is torch\.float16 \(3, 32\)"):
+        on_gpu(**given, dtype=F16, residual=given["x"][:, :32])
+    with pytest.raises(ValueError, match=r"the residual is torch\.float64"):
+        on_gpu(**given, dtype=F16, residual=given["x"].double())
+    with pytest.raises(ValueError, match="LayerNorm comes before"):
+        on_gpu(**{**given, "after": False}, dtype=F16, residual=given["x"])
     with pytest.raises(ValueError, match=r"layers of \[40, 64, 40\] channels"):
         on_gpu(**inputs(3, [40, 64, 40], True), dtype=F16)
+
+
+@pytest.mark.gpu
+@built
+@pytest.mark.parametrize("name", ["x", "residual"])
+def test_addresses_that_are_no_multiples_of_16_are_refused(name):
+    tensors = {n: t.cuda() for n, t in inputs(3, [64, 64], True, residual=F16).items() if torch.is_tensor(t)}
+    weights, biases = (
+        [t.cuda() for t in inputs(3, [64, 64], True, residual=F16)[n]] for n in ("weights", "biases")
+    )
+    shifted = torch.zeros(tensors[name].numel() + 4, device="cuda", dtype=F16)[4:].view(3, 64)
+    with pytest.raises(ValueError, match=f"{name} is not aligned to 16 bytes"):
+        mlp_cuda.mlp(**{**tensors, name: shifted}, weights=weights, biases=biases, after=True, dtype=F16)

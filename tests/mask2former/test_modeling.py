@@ -12,6 +12,7 @@ from mask2former.modeling.transformer_decoder.attention import (
     MaskedCrossAttention,
     PixelMemory,
     SelfAttention,
+    SelfAttentionLayer,
 )
 from mask2former.modeling.transformer_decoder.attention_core import attention_mask
 
@@ -38,7 +39,18 @@ def test_self_attention_equals_torch_multihead_attention():
     ours = with_random_biases(SelfAttention(16, 4))
     x, pos = torch.randn(2, 5, 16), torch.randn(1, 5, 16)
     expected = torchs_own(ours)(x + pos, x + pos, x)[0]
-    torch.testing.assert_close(ours(x, pos), expected)
+    torch.testing.assert_close(ours.out_proj(ours(x, pos)), expected)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_self_attention_layer_adds_the_projection_and_normalises(pre_norm):
+    layer = SelfAttentionLayer(16, 4, pre_norm)
+    with_random_biases(layer.self_attn)
+    torch.nn.init.normal_(layer.norm.weight)
+    x, pos = torch.randn(2, 5, 16), torch.randn(1, 5, 16)
+    normed = layer.norm(x) if pre_norm else x
+    expected = x + torchs_own(layer.self_attn)(normed + pos, normed + pos, normed)[0]
+    torch.testing.assert_close(layer(x, pos), expected if pre_norm else layer.norm(expected))
 
 
 def test_masked_attention_equals_torch_multihead_attention():
@@ -54,10 +66,10 @@ def test_masked_attention_equals_torch_multihead_attention():
     value = pixels.flatten(2).transpose(1, 2) + level_embed
     key = value + position.flatten(2).transpose(1, 2)
     for part, layer in enumerate(layers):
-        actual = layer(query, pos, keys, values, part, mask_embed, level_mask_features)
+        attended = layer(query, pos, keys, values, part, mask_embed, level_mask_features)
         mask = blocked.expand(-1, 4, -1, -1).flatten(0, 1)
         expected = torchs_own(layer)(query + pos, key, value, attn_mask=mask)[0]
-        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(layer.out_proj(attended), expected)
 
 
 def test_no_gradient_flows_through_where_a_query_attends():

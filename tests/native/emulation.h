@@ -208,6 +208,8 @@ float2 unpack(std::uint32_t pair) {
     return {emulation::widen<T>(pair & 0xffff), emulation::widen<T>(pair >> 16)};
 }
 
+inline float as_float(std::uint32_t bits) { return emulation::number(bits); }
+
 // The layouts are those of mma.m16n8k16 with 16-bit floats in the PTX ISA (figures of the A, B and C fragments).
 template <typename T>
 void multiply(

@@ -6,6 +6,7 @@
 #include "emulation.h"
 
 #include "mlp/kernel.cuh"
+#include "mlp/projection.cuh"
 
 namespace {
 
@@ -14,7 +15,8 @@ using namespace d2_trt;
 template <typename O, int kBlocks>
 void run(MlpProblem const& p, bool backwards) {
     Index const grid{p.plan.tiles * p.plan.parts, 1, 1};
-    emulation::run(grid, kMlpWarps * 32, p.plan.bytes, backwards, [&] { mlp_block<O, kBlocks>(p); }, p.plan.parts);
+    auto const block = [&] { mlp_is_projection(p.chain) ? projection_block<O, kBlocks>(p) : mlp_block<O, kBlocks>(p); };
+    emulation::run(grid, kMlpWarps * 32, p.plan.bytes, backwards, block, p.plan.parts);
 }
 
 template <typename O>
@@ -34,19 +36,19 @@ int run_plan(MlpProblem& p, std::int32_t const* sizes) {
 }  // namespace
 
 // The blocks of 16 rows in a tile; 0 where the parts do not divide the layers.
-// sizes: parts, multiprocessors, bytes of shared memory, backwards, type, types of x, out and normed, after, rows, layers,
-// widths.
+// sizes: parts, multiprocessors, bytes of shared memory, backwards, type, types of x, residual, out and normed, after, rows,
+// layers, widths.
 extern "C" int emulate_mlp(
-    void const* x, void const* weights, float const* biases, float const* norm, void* out, void* normed,
-    std::int32_t const* sizes, float epsilon) {
+    void const* x, void const* weights, float const* biases, float const* norm, void const* residual, void* out,
+    void* normed, std::int32_t const* sizes, float epsilon) {
     MlpProblem p{};
-    p.x = x, p.weights = static_cast<uint4 const*>(weights), p.biases = biases, p.norm = norm;
+    p.x = x, p.residual = residual, p.weights = static_cast<uint4 const*>(weights), p.biases = biases, p.norm = norm;
     p.out = out, p.normed = normed;
-    p.x_type = sizes[5], p.out_type = sizes[6], p.normed_type = sizes[7];
-    p.chain.after = sizes[8] != 0;
-    p.rows = sizes[9];
-    p.chain.layers = sizes[10];
-    std::copy(sizes + 11, sizes + 12 + p.chain.layers, p.chain.widths);
+    p.x_type = sizes[5], p.residual_type = sizes[6], p.out_type = sizes[7], p.normed_type = sizes[8];
+    p.chain.after = sizes[9] != 0;
+    p.rows = sizes[10];
+    p.chain.layers = sizes[11];
+    std::copy(sizes + 12, sizes + 13 + p.chain.layers, p.chain.widths);
     p.epsilon = epsilon;
     switch (sizes[4]) {
         case 0: return run_plan<Operands<Split>>(p, sizes);

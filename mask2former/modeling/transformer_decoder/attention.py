@@ -15,6 +15,9 @@ from . import attention_core
 class MultiHeadAttention(nn.Module):
     """Projections of multi-head attention, named as in torch.nn.MultiheadAttention (`in_proj_weight`, `in_proj_bias`,
     `out_proj`), so that the release's checkpoints load.
+
+    `forward` gives what `out_proj` takes: that projection is for the layer around it to do, whose residual and LayerNorm an
+    engine has in one kernel with it.
     """
 
     def __init__(self, embed_dim: int, num_heads: int):
@@ -37,12 +40,12 @@ class SelfAttention(MultiHeadAttention):
     """Attention of queries to each other, their positions added to what queries and keys are made of."""
 
     def forward(self, x: Tensor, pos: Tensor) -> Tensor:
-        """x (B, Q, C), pos (1, Q, C) -> (B, Q, C)."""
+        """x (B, Q, C), pos (1, Q, C) -> (B, Q, C), without `out_proj`."""
         channels = self.in_proj_weight.shape[1]
         # W (x + pos) = W x + W pos, the second of which is the same for every image: one product makes all three.
         qk_pos = F.linear(pos, self.in_proj_weight[: 2 * channels])  # (1, Q, 2 * C)
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        return self.out_proj(attention_core.self_attention(qkv, qk_pos, self.num_heads))
+        return attention_core.self_attention(qkv, qk_pos, self.num_heads)
 
 
 class MaskedCrossAttention(MultiHeadAttention):
@@ -58,18 +61,17 @@ class MaskedCrossAttention(MultiHeadAttention):
         mask_embed: Tensor,
         mask_features: Tensor,
     ) -> Tensor:
-        """x (B or 1, Q, C), mask_embed (B or 1, Q, mask_dim), pos (1, Q, C) -> (B, Q, C); the others as in
-        attention_core.masked_attention.
+        """x (B or 1, Q, C), mask_embed (B or 1, Q, mask_dim), pos (1, Q, C) -> (B, Q, C), without `out_proj`; the others as
+        in attention_core.masked_attention.
         """
         channels = self.in_proj_weight.shape[1]
         weight = self.in_proj_weight[:channels]
         q_pos = F.linear(pos, weight)  # the same for every image
         q = F.linear(x, weight, self.in_proj_bias[:channels])
         q, mask_embed = (shape_ops.expand_batch_like(t, keys) for t in (q, mask_embed))
-        out = attention_core.masked_attention(
+        return attention_core.masked_attention(
             q, q_pos, keys, values, part, mask_embed, mask_features, self.num_heads
         )
-        return self.out_proj(out)
 
 
 class PixelMemory(nn.Module):
@@ -119,9 +121,11 @@ class SelfAttentionLayer(nn.Module):
 
     def forward(self, queries: Tensor, query_pos: Tensor) -> Tensor:
         """(B, Q, C) -> (B, Q, C); query_pos (1, Q, C) is added to queries and keys, not to values."""
+        out_proj = self.self_attn.out_proj
         if self.pre_norm:
-            return queries + self.self_attn(self.norm(queries), query_pos)
-        return fused_ops.residual_layer_norm(queries, self.self_attn(queries, query_pos), self.norm)
+            return queries + out_proj(self.self_attn(self.norm(queries), query_pos))
+        attended = self.self_attn(queries, query_pos)
+        return fused_ops.linear_residual_layer_norm(attended, out_proj, queries, self.norm)
 
 
 class CrossAttentionLayer(nn.Module):
@@ -145,11 +149,12 @@ class CrossAttentionLayer(nn.Module):
     ) -> Tensor:
         """(B or 1, Q, C) -> (B, Q, C); the others as in MaskedCrossAttention."""
         x = self.norm(queries) if self.pre_norm else queries
-        update = self.multihead_attn(x, query_pos, keys, values, part, mask_embed, mask_features)
-        queries = shape_ops.expand_batch_like(queries, update)
+        attended = self.multihead_attn(x, query_pos, keys, values, part, mask_embed, mask_features)
+        queries = shape_ops.expand_batch_like(queries, attended)
+        out_proj = self.multihead_attn.out_proj
         if self.pre_norm:
-            return queries + update
-        return fused_ops.residual_layer_norm(queries, update, self.norm)
+            return queries + out_proj(attended)
+        return fused_ops.linear_residual_layer_norm(attended, out_proj, queries, self.norm)
 
 
 class FFNLayer(nn.Module):

@@ -43,7 +43,7 @@ def supported(widths: Sequence[int], after: bool, dtype: torch.dtype) -> bool:
         return False
     if any(w % WIDTH_STEP or not 0 < w <= MAX_WIDTH for w in widths):
         return False
-    if after and (layers < 2 or first != last or last > MAX_NORM_AFTER):
+    if after and (first != last or last > MAX_NORM_AFTER):
         return False
     if not after and first > MAX_NORM_BEFORE:
         return False
@@ -58,7 +58,8 @@ def pays(widths: Sequence[int], dtype: torch.dtype, capability: tuple[int, int] 
     What is weighed is the time that each multiprocessor takes to read weights from the second-level cache, all of them
     where there are no clusters. Rows are not: on an H100 the kernel was faster than PyTorch's operations up to 400 rows,
     and slower by 4 and 8 % at 800 (docs/performance.md). From compute capability 9.0 on clusters are taken to be there; a
-    library without code for it, or a small part of a GPU, has none, and feed-forward layers are slower then.
+    library without code for it, or a small part of a GPU, has none, and feed-forward layers are slower then. One layer
+    saves one kernel, and nobody has measured whether it does without clusters: then it does not pay.
 
     Args:
         widths, dtype: as in `supported`.
@@ -66,7 +67,7 @@ def pays(widths: Sequence[int], dtype: torch.dtype, capability: tuple[int, int] 
     """
     parts = _PARTS if capability is None or tuple(capability) >= (9, 0) else 1
     weights = sum(i * o for i, o in itertools.pairwise(widths)) * dtype.itemsize
-    return weights <= len(widths) * parts * _BYTES_OF_A_KERNEL
+    return (parts > 1 or len(widths) > 2) and weights <= len(widths) * parts * _BYTES_OF_A_KERNEL
 
 
 def pack_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -96,10 +97,11 @@ def mlp(
     *,
     after: bool,
     dtype: torch.dtype,
+    residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     normed_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """norm(x + layers(x)) or layers(norm(x)), with ReLU between the layers.
+    """norm(residual + layers(x)) or layers(norm(x)), with ReLU between the layers.
 
     Args:
         x: (..., C), of DTYPES, on a GPU.
@@ -109,6 +111,7 @@ def mlp(
         after: whether residual and LayerNorm come after the layers, or LayerNorm before them.
         dtype: operands of the products and what is between layers; sums are float32. float32 operands are rounded to two
             bfloat16 each, about 16 bits.
+        residual: of x's shape and of DTYPES, where it is not x itself.
         out_dtype: by default x's.
         normed_dtype: of norm(x), where it is wanted and comes before the layers.
 
@@ -120,13 +123,16 @@ def mlp(
         ValueError: shapes, dtypes or devices do not go together, or there is no kernel for these layers.
     """
     out_dtype = out_dtype or x.dtype
-    widths = _check(x, weights, biases, norm_weight, norm_bias, after, dtype, out_dtype, normed_dtype)
+    widths = _check(
+        x, weights, biases, norm_weight, norm_bias, after, dtype, residual, out_dtype, normed_dtype
+    )
     packed = (
         pack_weights(weights, dtype),
         torch.cat([bias.float() for bias in biases]),
         torch.stack([norm_weight, norm_bias]),
     )
-    return launch(x.contiguous(), *packed, widths, eps, after, dtype, out_dtype, normed_dtype)
+    residual = None if residual is None else residual.contiguous()
+    return launch(x.contiguous(), *packed, widths, eps, after, dtype, out_dtype, normed_dtype, residual)
 
 
 def launch(
@@ -140,8 +146,11 @@ def launch(
     dtype: torch.dtype,
     out_dtype: torch.dtype,
     normed_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`mlp` of what it makes of its arguments, unchecked: contiguous x, packed weights, all biases, and norm (2, C)."""
+    """`mlp` of what it makes of its arguments, unchecked: contiguous x and residual, packed weights, all biases, and norm
+    (2, C).
+    """
     out = x.new_empty((*x.shape[:-1], widths[-1]), dtype=out_dtype)
     normed = None if normed_dtype is None else torch.empty_like(x, dtype=normed_dtype)
     with torch.cuda.device(x.device):
@@ -150,10 +159,12 @@ def launch(
             words.data_ptr(),
             biases.data_ptr(),
             norm.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
             out.data_ptr(),
             0 if normed is None else normed.data_ptr(),
             dtype=str(dtype).removeprefix("torch."),
             x_dtype=kernels.dtype_name(x),
+            residual_dtype=kernels.dtype_name(x if residual is None else residual),
             out_dtype=kernels.dtype_name(out),
             normed_dtype=kernels.dtype_name(out if normed is None else normed),
             rows=x.numel() // widths[0],
@@ -165,7 +176,9 @@ def launch(
     return out, normed
 
 
-def _check(x, weights, biases, norm_weight, norm_bias, after, dtype, out_dtype, normed_dtype) -> list[int]:
+def _check(
+    x, weights, biases, norm_weight, norm_bias, after, dtype, residual, out_dtype, normed_dtype
+) -> list[int]:
     """The widths of the layers. Raises ValueError where the arguments of `mlp` do not go together."""
     if not x.is_cuda or x.dtype not in DTYPES or x.dim() < 1:
         raise ValueError(
@@ -192,6 +205,14 @@ def _check(x, weights, biases, norm_weight, norm_bias, after, dtype, out_dtype, 
     for tensor in (*weights, *biases, norm_weight, norm_bias):
         if tensor.device != x.device:
             raise ValueError(f"mlp: a parameter is on {tensor.device}, x on {x.device}; expected one GPU")
+    if residual is not None:
+        if not after:
+            raise ValueError("mlp: a residual is given where LayerNorm comes before the layers")
+        if residual.shape != x.shape or residual.dtype not in DTYPES or residual.device != x.device:
+            raise ValueError(
+                f"mlp: the residual is {residual.dtype} {tuple(residual.shape)} on {residual.device}; expected "
+                f"{tuple(x.shape)} of {' or '.join(map(str, DTYPES))} on {x.device}"
+            )
     for name, wanted in (("out_dtype", out_dtype), ("normed_dtype", normed_dtype)):
         if wanted is not None and wanted not in DTYPES:
             raise ValueError(f"mlp: {name} is {wanted}; expected {' or '.join(map(str, DTYPES))}")
