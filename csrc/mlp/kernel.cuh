@@ -346,7 +346,7 @@ __device__ void mlp_block(MlpProblem const& p) {
     auto const operands = [&](int layer) { return shared + (layer % 2 == 0 ? p.plan.operands[0] : p.plan.operands[1]); };
     auto const pitch = [&](int layer) { return layer % 2 == 0 ? p.plan.pitch[0] : p.plan.pitch[1]; };
 
-    if (cluster) cluster_arrive();  // nobody writes to a block that has not begun
+    if (cluster) cluster_arrive_relaxed();  // nobody writes to a block that has not begun
     MlpQueue<kMlpAhead> queue;
     MlpWork work = work_of(p, 0, 0, rank, warp, lane);
     load_first(queue, work);

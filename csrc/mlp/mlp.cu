@@ -11,10 +11,11 @@ static_assert(kMlpColumns == kMaxMlpNormAfter);
 
 constexpr std::int64_t kMaxRows = std::int64_t{1} << 24;
 
-template <typename O, int kBlocks, bool kProjection>
+// kQuads: of a projection's lane, see there; 0: the kernel of chains.
+template <typename O, int kBlocks, int kQuads>
 __global__ void __launch_bounds__(kMlpWarps * 32) mlp_kernel(__grid_constant__ MlpProblem const p) {
-    if constexpr (kProjection) {
-        projection_block<O, kBlocks>(p);
+    if constexpr (kQuads > 0) {
+        projection_block<O, kBlocks, kQuads>(p);
     } else {
         mlp_block<O, kBlocks>(p);
     }
@@ -30,10 +31,10 @@ MlpChain chain_of(MlpSizes const& sizes, DType type) {
     return chain;
 }
 
-template <typename O, int kBlocks, bool kProjection>
+template <typename O, int kBlocks, int kQuads>
 void open(int bytes, Device const& on) {
     static std::atomic<int> opened[kMaxDevices];
-    open_shared(mlp_kernel<O, kBlocks, kProjection>, bytes, on, opened);
+    open_shared(mlp_kernel<O, kBlocks, kQuads>, bytes, on, opened);
 }
 
 #if CUDART_VERSION >= 11080
@@ -64,10 +65,10 @@ template <typename O>
 int ask_parts(Device const& on) {
 #if CUDART_VERSION >= 11080
     cudaFuncAttributes attributes{};
-    auto* const kernel = mlp_kernel<O, 1, false>;
+    auto* const kernel = mlp_kernel<O, 1, 0>;
     check_cuda(cudaFuncGetAttributes(&attributes, kernel), "mlp: attributes of the kernel");
     if (on.major < 9 || attributes.ptxVersion < 90 || attributes.binaryVersion < 90) return 1;
-    open<O, 1, false>(on.shared_bytes, on);
+    open<O, 1, 0>(on.shared_bytes, on);
     for (int parts = kMaxMlpParts; parts > 1; parts /= 2) {
         ClusterLaunch const launch(static_cast<unsigned>(parts), parts, on.shared_bytes, nullptr);
         int clusters = 0;
@@ -86,14 +87,15 @@ int parts_of(MlpChain const& chain, Device const& on) {
         parts = ask_parts<O>(on);
         known[on.index].store(parts, std::memory_order_relaxed);
     }
+    if (CUDART_VERSION < 12010 && mlp_is_projection(chain)) return 1;  // no mailboxes, see cluster.cuh
     while (!mlp_divides(chain, parts)) parts /= 2;
     return parts;
 }
 
-template <typename O, int kBlocks, bool kProjection>
+template <typename O, int kBlocks, int kQuads>
 void launch(MlpProblem const& p, Device const& on, cudaStream_t stream) {
-    auto* const kernel = mlp_kernel<O, kBlocks, kProjection>;
-    open<O, kBlocks, kProjection>(p.plan.bytes, on);
+    auto* const kernel = mlp_kernel<O, kBlocks, kQuads>;
+    open<O, kBlocks, kQuads>(p.plan.bytes, on);
     unsigned const grid = count(std::int64_t{p.plan.tiles} * p.plan.parts);
 #if CUDART_VERSION >= 11080
     if (p.plan.parts > 1) {
@@ -106,12 +108,12 @@ void launch(MlpProblem const& p, Device const& on, cudaStream_t stream) {
     check_cuda(cudaGetLastError(), "mlp");
 }
 
-template <typename O, bool kProjection>
+template <typename O, int kQuads>
 void launch_blocks(MlpProblem const& p, Device const& on, cudaStream_t stream) {
     switch (p.plan.blocks) {
-        case 1: return launch<O, 1, kProjection>(p, on, stream);
-        case 2: return launch<O, 2, kProjection>(p, on, stream);
-        default: return launch<O, 4, kProjection>(p, on, stream);
+        case 1: return launch<O, 1, kQuads>(p, on, stream);
+        case 2: return launch<O, 2, kQuads>(p, on, stream);
+        default: return launch<O, 4, kQuads>(p, on, stream);
     }
 }
 
@@ -119,7 +121,8 @@ template <typename O>
 void launch_plan(MlpProblem& p, Device const& on, cudaStream_t stream) {
     int const parts = parts_of<O>(p.chain, on);
     p.plan = mlp_plan(p.chain, p.rows, parts, on.multiprocessors, on.shared_bytes);
-    return mlp_is_projection(p.chain) ? launch_blocks<O, true>(p, on, stream) : launch_blocks<O, false>(p, on, stream);
+    if (!mlp_is_projection(p.chain)) return launch_blocks<O, 0>(p, on, stream);
+    return p.plan.layers[0].columns <= kMlpNarrow ? launch_blocks<O, 1>(p, on, stream) : launch_blocks<O, 2>(p, on, stream);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ constexpr int kMlpTiles = 2;                                  // tiles of 8 colu
 constexpr int kMlpColumns = kMlpWarps * kMlpTiles * 8;        // columns that a block has at a time
 constexpr int kMlpPartialPitch = (kMlpColumns + 8) * 4;       // bytes; rows are shifted by eight banks each
 constexpr int kMlpStatisticsBytes = 8;                        // of a row's columns in a part: two floats
+constexpr int kMlpMailboxBytes = 16;
 constexpr int kMaxMlpLayers = 4;
 constexpr int kMaxMlpParts = 8;                               // a cluster of more blocks is not portable
 
@@ -42,6 +43,9 @@ struct MlpLayer {
     std::int32_t groups, splits, steps;  // steps: chunks of a split
 };
 
+// Columns of a projection's part up to which a row's lanes have four each; of more they have eight.
+constexpr int kMlpNarrow = 128;
+
 // The parts are blocks of a cluster. Of all layers but those that are summed each part makes its share of the columns. All get
 // all of them, but what a summed layer reads stays where it is made, and so do the columns of a projection, whose rows'
 // statistics alone are exchanged.
@@ -52,7 +56,7 @@ struct MlpPlan {
     std::int32_t pitch[2] = {};   // bytes from row to row of operands, of the even layers and the odd ones
     std::int32_t operands[2] = {};
     std::int32_t partial = 0;
-    std::int32_t statistics = 0;  // of a projection
+    std::int32_t statistics = 0;  // of a projection: their mailbox, then they
     std::int32_t bytes = 0;       // of shared memory
     MlpLayer layers[kMaxMlpLayers] = {};
 };
@@ -83,7 +87,8 @@ inline void mlp_layout(MlpChain const& chain, MlpPlan& plan) {
     }
     plan.partial = at;
     plan.statistics = at + rows * kMlpPartialPitch;
-    plan.bytes = plan.statistics + (mlp_is_projection(chain) ? rows * plan.parts * kMlpStatisticsBytes : 0);
+    plan.bytes = plan.statistics;
+    if (mlp_is_projection(chain)) plan.bytes += kMlpMailboxBytes + rows * plan.parts * kMlpStatisticsBytes;
 }
 
 inline void mlp_divide(MlpChain const& chain, MlpPlan& plan) {

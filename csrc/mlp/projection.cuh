@@ -3,8 +3,9 @@
 //     out = norm(residual + L(x))
 //
 // Each part of a cluster makes its share of the columns, and keeps them: a LayerNorm needs no more of the others than mean
-// and squares of their columns. Nothing else is waited for twice: what the kernel reads is asked for at its beginning, and
-// the cluster meets once.
+// and squares of their columns, which they send. What the kernel reads is asked for at its beginning, as far as there are
+// registers. After the product a row is the work of eight lanes or more, and of 16 rows that of four warps: the fewer warps,
+// the fewer instructions.
 #pragma once
 
 #include "mlp/kernel.cuh"
@@ -21,102 +22,141 @@ struct MlpRowsOfX {
     }
 };
 
-// The sum over lanes that have `columns` together, four each, in the first eight lanes.
-__device__ __forceinline__ float sum_of_lanes(float value, int columns) {
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-        if (lanes < 8 || lanes * 4 < columns) value += shuffle_xor(value, lanes);
-    }
-    return value;
-}
-
 // What a part knows of its columns of a row.
 struct MlpStatistics {
     float mean, squares;  // of differences from the mean
 };
-static_assert(sizeof(MlpStatistics) == kMlpStatisticsBytes);
+static_assert(sizeof(float2) == kMlpStatisticsBytes && sizeof(Mailbox) <= kMlpMailboxBytes);
 
-// Of a warp's row, for lanes whose columns are `quad` and 128 higher.
-__device__ __forceinline__ MlpStatistics statistics_of(float const (&v)[kMlpQuads][4], int columns, int quad) {
+__device__ __forceinline__ float sum_of_lanes(float value, int lanes) {
+#pragma unroll
+    for (int other = 16; other > 0; other /= 2) {
+        if (other < lanes) value += shuffle_xor(value, other);
+    }
+    return value;
+}
+
+// Of a row that `lanes` have, each the columns from `column` on. share: the inverse of the columns' number.
+template <int kQuads>
+__device__ __forceinline__ MlpStatistics statistics_of(
+    float const (&v)[kQuads][4], int columns, float share, int column, int lanes) {
     float sum = 0.0F, squares = 0.0F;
 #pragma unroll
-    for (int i = 0; i < kMlpQuads; ++i) {
-        if (quad + i * 128 < columns) sum += (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
+    for (int i = 0; i < kQuads; ++i) {
+        if (column + i * 128 < columns) sum += (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
     }
-    float const mean = sum_of_lanes(sum, columns) / columns;
+    float const mean = sum_of_lanes(sum, lanes) * share;
 #pragma unroll
-    for (int i = 0; i < kMlpQuads; ++i) {
-        if (quad + i * 128 >= columns) continue;
+    for (int i = 0; i < kQuads; ++i) {
+        if (column + i * 128 >= columns) continue;
 #pragma unroll
         for (int j = 0; j < 4; ++j) squares += (v[i][j] - mean) * (v[i][j] - mean);
     }
-    return {mean, sum_of_lanes(squares, columns)};
+    return {mean, sum_of_lanes(squares, lanes)};
 }
 
 // Of all columns of a row, from those of the parts, which have as many columns each. Means are taken as differences from the
-// first one, so that large ones lose nothing.
-__device__ __forceinline__ MlpStatistics joined(MlpStatistics const* of_parts, int parts, int columns) {
-    MlpStatistics const first = of_parts[0];
-    float squares = first.squares, sum = 0.0F, between = 0.0F;
+// first one, so that large ones lose nothing. share: the inverse of the parts' number.
+__device__ __forceinline__ MlpStatistics joined(float2 const* of_parts, int parts, float share, int columns) {
+    float2 const first = of_parts[0];
+    float squares = first.y, sum = 0.0F, between = 0.0F;
 #pragma unroll
     for (int part = 1; part < kMaxMlpParts; ++part) {
         if (part >= parts) continue;
-        MlpStatistics const own = of_parts[part];
-        float const away = own.mean - first.mean;
-        squares += own.squares;
+        float2 const own = of_parts[part];
+        float const away = own.x - first.x;
+        squares += own.y;
         sum += away;
         between += away * away;
     }
-    float const mean = sum / parts;
-    return {first.mean + mean, squares + fmaxf(between - sum * mean, 0.0F) * columns};
+    float const mean = sum * share;
+    return {first.x + mean, squares + fmaxf(between - sum * mean, 0.0F) * columns};
 }
 
-// What is added to a warp's sums of a row, of rows 16 below each other.
-template <int kBlocks>
-struct MlpTerms {
-    uint4 residual[kBlocks][kMlpQuads] = {};
-    float biases[kMlpQuads][4] = {};
+// The rows that a thread has a part of, `step` rows from each other, and its columns: four from `column` on, and four from
+// 128 columns further on.
+struct MlpShare {
+    int lanes;  // of a row: 8, 16 or 32
+    int row, step, column;
 
-    __device__ __forceinline__ void load(MlpProblem const& p, std::int64_t first_row, int rank, int warp, int lane) {
-        int const channels = p.chain.widths[1], columns = p.plan.layers[0].columns, first = first_column(p, 0, rank);
-#pragma unroll
-        for (int block = 0; block < kBlocks; ++block) {
-            std::int64_t const row = first_row + block * 16 + warp;
-#pragma unroll
-            for (int i = 0; i < kMlpQuads; ++i) {
-                int const column = lane * 4 + i * 128;
-                if (row >= p.rows || column >= columns) continue;
-                residual[block][i] = load_raw(p.residual, row * channels + first + column, p.residual_type);
-            }
-        }
-        load_biases(biases, p, 0, 0, rank, lane);
+    __device__ MlpShare(int columns, int thread) {
+        int const shift = columns > 64 ? 5 : columns > 32 ? 4 : 3;
+        lanes = 1 << shift;
+        row = thread >> shift;
+        step = kMlpWarps * 32 >> shift;
+        column = (thread & (lanes - 1)) * 4;
     }
 };
 
-template <typename O, int kBlocks>
+// What is added to the sums of a thread's rows.
+template <int kBlocks, int kQuads>
+struct MlpTerms {
+    uint4 residual[kBlocks][kQuads] = {};
+    float biases[kQuads][4] = {};
+
+    __device__ __forceinline__ void load(MlpProblem const& p, MlpShare const& share, std::int64_t first_row, int first) {
+        int const channels = p.chain.widths[1], columns = p.plan.layers[0].columns;
+#pragma unroll
+        for (int i = 0; i < kQuads; ++i) {
+            int const column = share.column + i * 128;
+            if (column >= columns) continue;
+#pragma unroll
+            for (int round = 0; round < kBlocks; ++round) {
+                int const in_tile = share.row + round * share.step;
+                std::int64_t const row = first_row + in_tile;
+                if (in_tile >= kBlocks * 16 || row >= p.rows) continue;
+                residual[round][i] = load_raw(p.residual, row * channels + first + column, p.residual_type);
+            }
+            load_four(p.biases + first, column, kElementFloat, biases[i]);
+        }
+    }
+};
+
+template <int kQuads>
+struct MlpScale {
+    float weight[kQuads][4], bias[kQuads][4];
+
+    __device__ __forceinline__ void load(MlpProblem const& p, MlpShare const& share, int first) {
+        int const channels = p.chain.widths[1], columns = p.plan.layers[0].columns;
+#pragma unroll
+        for (int i = 0; i < kQuads; ++i) {
+            int const column = share.column + i * 128;
+            if (column >= columns) continue;
+            load_four(p.norm + first, column, kElementFloat, weight[i]);
+            load_four(p.norm + channels + first, column, kElementFloat, bias[i]);
+        }
+    }
+};
+
+// kQuads: of a lane, 1 where a part has kMlpNarrow columns or fewer, else 2.
+template <typename O, int kBlocks, int kQuads>
 __device__ void projection_block(MlpProblem const& p) {
     int const thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    int const parts = p.plan.parts, rank = static_cast<int>(blockIdx.x) % parts;
+    int const parts = p.plan.parts, block = static_cast<int>(blockIdx.x), tile = block / parts, rank = block - tile * parts;
     bool const cluster = parts > 1;
-    std::int64_t const first_row = static_cast<std::int64_t>(blockIdx.x) / parts * kBlocks * 16;
+    std::int64_t const first_row = std::int64_t{tile} * kBlocks * 16;
     MlpLayer const& layer = p.plan.layers[0];
-    int const channels = p.chain.widths[1], columns = layer.columns, first = first_column(p, 0, rank), quad = lane * 4;
-    unsigned char* const operands = shared_memory() + p.plan.operands[0];
-    unsigned char* const partial = shared_memory() + p.plan.partial;
-    auto* const statistics = reinterpret_cast<MlpStatistics*>(shared_memory() + p.plan.statistics);  // (rows, parts)
+    int const channels = p.chain.widths[1], columns = layer.columns, first = rank * columns;
+    unsigned char* const shared = shared_memory();
+    unsigned char* const partial = shared + p.plan.partial;
+    auto* const mailbox = reinterpret_cast<Mailbox*>(shared + p.plan.statistics);
+    auto* const statistics = reinterpret_cast<float2*>(shared + p.plan.statistics + kMlpMailboxBytes);  // (rows, parts)
 
-    if (cluster) cluster_arrive();  // nobody writes to a block that has not begun
+    if (cluster) {
+        if (thread == 0) open_mailbox(mailbox, kBlocks * 16 * parts * kMlpStatisticsBytes);
+        cluster_arrive_relaxed();  // nobody sends to a mailbox that is not open
+    }
     MlpQueue<2> queue;  // in a cluster of eight, 256 columns are a step of each warp
     MlpWork const work = work_of(p, 0, 0, rank, warp, lane);
     load_first(queue, work);
-    // With more rows there are no registers for what is needed later, nor is there a hurry.
-    constexpr bool kEarly = kBlocks == 1;
-    MlpTerms<kBlocks> terms;
-    MlpAffine<kMlpQuads> affine;
-    auto const load_affine = [&] { affine.load(p.norm + first, p.norm + channels + first, columns, lane); };
-    if (kEarly) {
-        terms.load(p, first_row, rank, warp, lane);
-        load_affine();
+    MlpShare const share(columns, thread);
+    bool const finishes = share.row < kBlocks * 16;  // the whole warp
+    MlpTerms<kBlocks, kQuads> terms;
+    MlpScale<kQuads> scale;
+    constexpr bool kEarly = kBlocks * kQuads <= 2;
+    if (kEarly && finishes) {
+        terms.load(p, share, first_row, first);
+        scale.load(p, share, first);
     }
 
     if (p.x_type == O::kElement) {
@@ -127,47 +167,54 @@ __device__ void projection_block(MlpProblem const& p) {
             left < kBlocks * 16 ? static_cast<int>(left) - 1 : kBlocks * 16 - 1, pitch};
         multiply_rows<O, kBlocks>(queue, work, rows, partial, lane);
     } else {
+        unsigned char* const operands = shared + p.plan.operands[0];
         read_rows<O, false>(p, first_row, rank, operands, warp, lane);
         sync_block();
         multiply_rows<O, kBlocks>(queue, work, MlpOperands{operands, p.plan.pitch[0]}, partial, lane);
     }
-    if (!kEarly) terms.load(p, first_row, rank, warp, lane);
-    sync_block();
-
-    float v[kBlocks][kMlpQuads][4] = {};
+    if (!kEarly && finishes) terms.load(p, share, first_row, first);
+    float const of_columns = 1.0F / columns, of_parts = 1.0F / parts, of_channels = of_columns * of_parts;
     if (cluster) cluster_wait();
+    sync_block();
+    if (!finishes) return;
+
+    float v[kBlocks][kQuads][4] = {};
+    MlpStatistics own[kBlocks] = {};
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-        int const row = block * 16 + warp;
+    for (int round = 0; round < kBlocks; ++round) {
+        int const row = share.row + round * share.step;
+        if (row >= kBlocks * 16) continue;
 #pragma unroll
-        for (int i = 0; i < kMlpQuads; ++i) {
-            if (quad + i * 128 >= columns) continue;
+        for (int i = 0; i < kQuads; ++i) {
+            int const column = share.column + i * 128;
+            if (column >= columns) continue;
             float sum[4] = {terms.biases[i][0], terms.biases[i][1], terms.biases[i][2], terms.biases[i][3]};
-            unsigned char const* const from = partial + row * kMlpPartialPitch + (quad + i * 128) * 4;
+            unsigned char const* const from = partial + row * kMlpPartialPitch + column * 4;
             for (int split = 0; split < layer.splits; ++split) add_four(sum, from + split * layer.turn * 4);
-            widen_raw(terms.residual[block][i], p.residual_type, v[block][i]);
+            widen_raw(terms.residual[round][i], p.residual_type, v[round][i]);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) v[block][i][j] += sum[j];
+            for (int j = 0; j < 4; ++j) v[round][i][j] += sum[j];
         }
-        MlpStatistics const own = statistics_of(v[block], columns, quad);
-        MlpStatistics* const to = statistics + row * parts + rank;
-        if (lane < parts) *(cluster ? peer_memory(to, lane) : to) = own;
+        own[round] = statistics_of<kQuads>(v[round], columns, of_columns, share.column, share.lanes);
+        int const to = share.column / 4;  // of the lanes of a row, each sends to one part
+        if (cluster && to < parts) send(statistics + row * parts + rank, {own[round].mean, own[round].squares}, mailbox, to);
     }
-    if (!kEarly) load_affine();
-    sync_parts(cluster);
+    if (!kEarly) scale.load(p, share, first);
+    if (cluster) await_mailbox(mailbox);
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-        int const row = block * 16 + warp;
-        if (first_row + row >= p.rows) continue;
-        MlpStatistics const all = joined(statistics + row * parts, parts, columns);
-        float const scale = 1.0F / sqrtf(all.squares / channels + p.epsilon);
+    for (int round = 0; round < kBlocks; ++round) {
+        int const row = share.row + round * share.step;
+        if (row >= kBlocks * 16 || first_row + row >= p.rows) continue;
+        MlpStatistics const all = cluster ? joined(statistics + row * parts, parts, of_parts, columns) : own[round];
+        float const factor = 1.0F / sqrtf(all.squares * of_channels + p.epsilon);
 #pragma unroll
-        for (int i = 0; i < kMlpQuads; ++i) {
-            if (quad + i * 128 >= columns) continue;
-            float(&out)[4] = v[block][i];
+        for (int i = 0; i < kQuads; ++i) {
+            int const column = share.column + i * 128;
+            if (column >= columns) continue;
+            float(&out)[4] = v[round][i];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) out[j] = fmaf((out[j] - all.mean) * scale, affine.weight[i][j], affine.bias[i][j]);
-            store_four(p.out, (first_row + row) * channels + first + quad + i * 128, p.out_type, out);
+            for (int j = 0; j < 4; ++j) out[j] = fmaf((out[j] - all.mean) * factor, scale.weight[i][j], scale.bias[i][j]);
+            store_four(p.out, (first_row + row) * channels + first + column, p.out_type, out);
         }
     }
 }

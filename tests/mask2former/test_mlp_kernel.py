@@ -148,6 +148,15 @@ def test_tiles_of_more_rows_where_there_are_many(multiprocessors, blocks, widths
 
 
 @emulates
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+@pytest.mark.parametrize(("tiles", "blocks"), [(5, 1), (3, 2), (2, 4)])
+def test_lanes_of_a_projections_rows(parts, tiles, blocks):
+    """A row of 256, 128, 64 or 32 columns is the work of 32, 32, 16 or 8 lanes."""
+    options = {"parts": parts, "multiprocessors": tiles * parts, "blocks": blocks}
+    check(mlp_emulation.mlp, 65, PROJECTION, True, F16, residual=F32, **options)
+
+
+@emulates
 def test_tiles_are_no_larger_than_the_shared_memory():
     check(
         mlp_emulation.mlp,

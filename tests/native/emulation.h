@@ -300,11 +300,24 @@ inline void cluster_arrive() {
     emulation::lane().cluster_generation = meeting.generation;
     if (++meeting.arrived == static_cast<int>(emulation::block->lanes.size())) meeting = {0, meeting.generation + 1};
 }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
     while (emulation::block->cluster.generation == emulation::lane().cluster_generation) emulation::yield();
     emulation::block->moved = true;
 }
 inline void prefetch(void const*) {}
+
+using Mailbox = std::uint64_t;  // bytes that are missing
+inline void open_mailbox(Mailbox* box, int bytes) { *box = static_cast<std::uint64_t>(bytes); }
+inline void send(float2* to, float2 const& value, Mailbox* box, int rank) {
+    *peer_memory(to, rank) = value;
+    *peer_memory(box, rank) -= sizeof value;
+    emulation::block->moved = true;
+}
+inline void await_mailbox(Mailbox* box) {
+    while (*box != 0) emulation::yield();
+    emulation::block->moved = true;
+}
 
 inline void copy_async(void* to, void const* from, bool clear) {
     auto const misaligned = (reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) % 16;

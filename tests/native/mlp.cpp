@@ -15,7 +15,10 @@ using namespace d2_trt;
 template <typename O, int kBlocks>
 void run(MlpProblem const& p, bool backwards) {
     Index const grid{p.plan.tiles * p.plan.parts, 1, 1};
-    auto const block = [&] { mlp_is_projection(p.chain) ? projection_block<O, kBlocks>(p) : mlp_block<O, kBlocks>(p); };
+    auto const block = [&] {
+        if (!mlp_is_projection(p.chain)) return mlp_block<O, kBlocks>(p);
+        p.plan.layers[0].columns <= kMlpNarrow ? projection_block<O, kBlocks, 1>(p) : projection_block<O, kBlocks, 2>(p);
+    };
     emulation::run(grid, kMlpWarps * 32, p.plan.bytes, backwards, block, p.plan.parts);
 }
 
