@@ -12,7 +12,7 @@ from d2_trt.converters import Graph
 from mask2former.modeling import shape_ops
 from mask2former.modeling.transformer_decoder.position_encoding import PositionEmbeddingSine
 from tests.d2_trt.plugin_helpers import real
-from tests.d2_trt.test_conversion import DYNAMIC, OTHERS, STATIC, TRACED, Wrapped, random_images, trace
+from tests.d2_trt.test_conversion import DYNAMIC, OTHERS, STATIC, TRACED, random_images, trace
 from tests.doubles.fake_tensorrt import build_network
 from tests.doubles.fixtures import trt_double as trt  # noqa: F401
 
@@ -119,21 +119,29 @@ def test_what_fixed_sizes_decide_is_constant(trt, shapes, monkeypatch):  # noqa:
 # Real engines
 
 
+class OfConstants(nn.Module):
+    """An output that is a parameter, repeated and moved, times ones that depend on the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(1, 4, 3, generator=torch.Generator().manual_seed(0)))
+
+    def core(self, images):
+        ones = (images * 0 + 1)[:, :, 0:1, 0:1]
+        repeated = shape_ops.expand_batch_like(self.weight, images)
+        return ones * 2, repeated.transpose(1, 2)[..., None] * ones
+
+
 @real
 @pytest.mark.parametrize("shapes", [DYNAMIC, STATIC], ids=["dynamic", "static"])
 def test_real_engine_takes_half_constants(shapes):
     """Moved or not, for a layer in half precision: of the same bits as casts in the engine."""
     from d2_trt.engine import Engine
 
-    weight = torch.rand(1, 4, 3, generator=torch.Generator().manual_seed(0)).cuda()
-
-    def function(x):
-        repeated = shape_ops.expand_batch_like(weight, x)
-        return repeated.transpose(1, 2)[..., None] * (x * 0 + 1)[:, :, 0:1, 0:1]
-
+    model = OfConstants().cuda()
     spec = BuildSpec(**shapes, precision="fp16", fp32_modules=())
-    plan, _, _ = builder.build_engine(Wrapped(function), spec, random_images(TRACED).cuda())
+    plan, _, _ = builder.build_engine(model, spec, random_images(TRACED).cuda())
     engine = Engine(plan, torch.device("cuda"))
     for shape in (TRACED, *OTHERS) if shapes is DYNAMIC else (TRACED,):
         images = random_images(shape).cuda()
-        assert torch.equal(engine(images)[1], function(images).half().float())
+        assert torch.equal(engine(images)[1], model.core(images)[1].half().float())
