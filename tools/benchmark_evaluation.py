@@ -188,10 +188,12 @@ def stand_in_for_panopticapi() -> str:
 
 
 def _of_this_project(folder: str, name: str) -> types.ModuleType:
-    """A module of this project, without its package's __init__ and under another name."""
-    package = "benchmarked_" + folder.replace("/", "_")
-    if package not in sys.modules:
-        made = types.ModuleType(package)
-        made.__path__ = [str(REPO / folder)]
-        sys.modules[package] = made
+    """A module of this project, without its packages' __init__ and under other names."""
+    package, path = "benchmarked", REPO
+    for part in ("", *folder.split("/")):
+        package, path = f"{package}.{part}" if part else package, path / part
+        if package not in sys.modules:
+            made = types.ModuleType(package)
+            made.__path__ = [str(path)]
+            sys.modules[package] = made
     return importlib.import_module(f"{package}.{name}")

@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 import time
 import types
@@ -404,6 +406,27 @@ def test_evaluation_is_timed_until_every_image_has_been_processed(tmp_path, monk
     done.clear()
     stages["evaluation"].call()
     assert len(done) == 5 and columns["note"] == "2 evaluation threads"
+
+
+def test_release_finds_the_shapes_beside_a_package_of_the_same_name(tmp_path):
+    (tmp_path / "mask2former").mkdir()
+    (tmp_path / "mask2former" / "__init__.py").write_text("theirs = True")
+    code = (
+        "import benchmark_evaluation, mask2former; from detectron2.data import MetadataCatalog;"
+        "benchmark_evaluation.register_shapes();"
+        "assert mask2former.theirs and not hasattr(mask2former, 'data');"
+        "print(MetadataCatalog.get('shapes_val_panoptic').evaluator_type)"
+    )
+    path = os.pathsep.join([str(tmp_path), str(REPO / "tools")])
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.split() == ["coco_panoptic_seg"]
 
 
 def test_stand_in_for_panopticapi_gives_its_colours(monkeypatch):
