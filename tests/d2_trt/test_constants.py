@@ -120,16 +120,27 @@ def test_what_fixed_sizes_decide_is_constant(trt, shapes, monkeypatch):  # noqa:
 
 
 class OfConstants(nn.Module):
-    """An output that is a parameter, repeated and moved, times ones that depend on the images."""
+    """An output that is a parameter, repeated and moved, times ones that are computed of the images."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.rand(1, 4, 3, generator=torch.Generator().manual_seed(0)))
 
     def core(self, images):
-        ones = (images * 0 + 1)[:, :, 0:1, 0:1]
+        ones = images * 0 + 1
         repeated = shape_ops.expand_batch_like(self.weight, images)
-        return ones * 2, repeated.transpose(1, 2)[..., None] * ones
+        return ones * 2, repeated.transpose(1, 2)[:, :, 1:2, None] * ones
+
+    forward = core
+
+
+def test_half_constants_have_the_bits_of_casts(trt, monkeypatch):  # noqa: F811
+    model = OfConstants()
+    network = trace(trt, model, BuildSpec(**DYNAMIC, precision="fp16", fp32_modules=()), monkeypatch)
+    for shape in (TRACED, *OTHERS):
+        images = random_images(shape)
+        actual = list(network.evaluate({"images": images}).values())[1]
+        assert torch.equal(actual.float(), model(images)[1].half().float())
 
 
 @real
