@@ -31,9 +31,10 @@ class EngineCache:
 
     An entry is KEY.engine and KEY.json: what the key was made from, sha256 and size of the engine, when and where it
     was built, build report, parity numbers, and a checksum of all this. Both are written under temporary names, synced
-    and renamed, under the key's lock. Whatever is damaged, or made from something else than its name says, is a miss
-    and is built again. Over the size limit, entries go least recently used first, but none that a living process has
-    loaded: keep the EngineCache as long as its engines.
+    and renamed, under the key's lock: a process that is killed on the way leaves the entry that was there or the new
+    one, whole. Whatever is damaged, or made from something else than its name says, is a miss and is built again. Over
+    the size limit, entries go least recently used first, but none that a living process has loaded: keep the EngineCache
+    as long as its engines.
 
     What fails on the disk costs the caching, never the engine: a warning says so, and get_or_build returns an entry
     without a path.
@@ -101,6 +102,9 @@ class EngineCache:
             except OSError as error:
                 self._warn_uncached(error)
                 return self._build(key, ingredients, build)
+            if held:
+                with contextlib.suppress(OSError):  # it can be read as it is
+                    self._store.finish(key)
             # While this one waited, another may have built it; with "rebuild", built it again.
             now, problem = self._store.read(key)
             if now is not None and not (anew and found is not None and now.sidecar == found.sidecar):
