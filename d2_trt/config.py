@@ -5,8 +5,8 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 
 from mask2former.config import add_missing
+from mask2former.config_merge import CHECKS, explain_merges
 
-# A number written with a decimal point needs one in an override too: yacs does not take 4 for 4.0.
 _DEFAULTS = {
     "MODEL": {
         # What runs the network: "torch", or "tensorrt" for this plugin.
@@ -101,4 +101,14 @@ def add_tensorrt_config(cfg: CfgNode) -> None:
     Raises:
         TypeError: a value stands where a group of keys (such as MODEL.TENSORRT) belongs.
     """
+    explain_merges(cfg)
     add_missing(cfg, _DEFAULTS)
+
+
+def _check(key: str, value) -> None:
+    from .options import check_value
+
+    check_value(key, value)
+
+
+CHECKS["MODEL.TENSORRT"] = _check
