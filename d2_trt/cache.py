@@ -16,7 +16,7 @@ from .cache_entry import BuiltEngine, CacheEntry, EntryInfo, make_sidecar
 from .cache_key import canonical, digest
 from .cache_store import EngineStore
 from .errors import CacheError
-from .logging import get_logger
+from .logging import get_logger, shown_on_stderr
 
 __all__ = ["MODES", "BuiltEngine", "CacheEntry", "EngineCache", "EntryInfo"]
 
@@ -97,6 +97,7 @@ class EngineCache:
             return self._build(key, ingredients, build)
 
         with contextlib.ExitStack() as stack:
+            stack.enter_context(shown_on_stderr())
             try:
                 held = stack.enter_context(self._store.key_lock(key, on_wait=self._say_waiting))
             except OSError as error:
@@ -183,11 +184,14 @@ class EngineCache:
     def _build(
         self, key: str, ingredients: Mapping[str, Any], build: Callable[[], BuiltEngine]
     ) -> CacheEntry:
-        if self.mode != "off":
-            nearest = self._nearest(ingredients)
-            logger.info("No cached engine fits%s", f": the nearest differs in {nearest}" if nearest else "")
-        started = time.monotonic()
-        built = build()
+        with shown_on_stderr():
+            if self.mode != "off":
+                nearest = self._nearest(ingredients)
+                logger.info(
+                    "No cached engine fits%s", f": the nearest differs in {nearest}" if nearest else ""
+                )
+            started = time.monotonic()
+            built = build()
         sidecar = make_sidecar(key, ingredients, built, time.monotonic() - started)
         return CacheEntry(key, built.data, sidecar, path=None, built=True)
 
