@@ -81,7 +81,8 @@ def check_fp32_modules(patterns: Sequence[str], model: nn.Module) -> None:
         OptionsError: one covers none; the message names modules that are spelled alike.
     """
     known = {"default", *DEFAULT_FP32_MODULES, *FP32_MODULES_WITH_ATTENTION}
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    # The model itself, "", has operations of its own too.
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for pattern in patterns:
         if pattern in known or any(pattern_covers(pattern, name) for name in names):
             continue

@@ -18,7 +18,8 @@ _DEFAULTS = {
             # Modules that compute in float32 in an fp16 or bf16 engine, with all that is below them: names as in
             # model.named_modules(), with the wildcards * ? [] of fnmatch; "=name" is a module's own operations without
             # those of the modules below it. "default" stands for the built-in list, which protects accuracy: add to
-            # it, ["default", "backbone.res5"], rather than replace it. tools/precision_search.py finds what a model needs.
+            # it, ["default", "backbone.res5"], rather than replace it. What covers no module of the model is an error.
+            # tools/precision_search.py finds what a model needs.
             "FP32_MODULES": ["default"],
             # Padded image sizes that one engine serves, as three strings "HxW": smallest, the one to be fastest
             # at, largest. One string: that size alone. []: derived from INPUT.MIN_SIZE_TEST, INPUT.MAX_SIZE_TEST

@@ -91,7 +91,9 @@ def test_misspelt_module_is_told_before_the_build(workshop, precision):  # noqa:
     assert workshop.built == []
 
 
-@pytest.mark.parametrize("pattern", ["backbone", "=head", "bac*", "h?ad", "default", *DEFAULT_FP32_MODULES])
+@pytest.mark.parametrize(
+    "pattern", ["backbone", "=head", "=", "bac*", "h?ad", "default", *DEFAULT_FP32_MODULES]
+)
 def test_patterns_that_cover_a_module_and_built_in_ones_are_taken(pattern):
     check_fp32_modules([pattern], TinyModel())
 
