@@ -137,7 +137,20 @@ def trace(network, config, core: Core, images: torch.Tensor, spec: BuildSpec) ->
             result.dtype = trt.float32
         result.name = name
         network.mark_output(result)
+    _name_layers(network)
     return graph
+
+
+def _name_layers(network) -> None:
+    """Give the model's path to layers that no module of it was traced for: its own, and those of the outputs."""
+    count = 0
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.name.startswith(":"):
+            layer.name = MODEL + layer.name
+        elif layer.name.startswith("(Unnamed"):
+            layer.name = f"{MODEL}:outputs.{count}:{layer.type.name}"
+            count += 1
 
 
 def build_engine(
