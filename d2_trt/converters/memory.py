@@ -19,7 +19,7 @@ class TracedMemory:
     """Storages of traced tensors, those that have a counterpart in the network.
 
     A traced tensor is known by its counterpart, which a function that PyTorch does not tell of (`nn.Parameter(x)`) loses.
-    Its memory is then still known.
+    Its memory is then still known, also where it came back as another storage of the same address (DLPack).
     """
 
     def __init__(self, constants: Iterable[torch.Tensor] = ()):
@@ -32,16 +32,21 @@ class TracedMemory:
         self.converting = False  # a converter is at work, not the function that it converts
         self._holders: dict[int, list[weakref.ref]] = {}  # traced tensors, by storage
         self._held: list[StorageWeakRef] = []  # so that no other storage gets the same key
-        self._constants = {self._key(x) for x in constants}
+        self._addresses: dict[int, StorageWeakRef] = {}
+        self._constants: set[int] = set()
+        self._constants.update(map(self._key, constants))
         self._written: set[int] = set()
 
-    @staticmethod
-    def _key(tensor: torch.Tensor) -> int | None:
+    def _key(self, tensor: torch.Tensor) -> int | None:
         with torch._C.DisableTorchFunction():
             try:
-                return tensor.untyped_storage()._cdata
+                storage = tensor.untyped_storage()
+                address = storage.data_ptr()
             except (NotImplementedError, RuntimeError):  # of a sparse tensor, or one that stands for others
                 return None
+        held = self._addresses.get(address)
+        # What a storage that is no more had may be another's.
+        return storage._cdata if held is None or held.expired() else held.cdata
 
     def add(self, tensor: torch.Tensor, inputs: Iterable[torch.Tensor] = ()) -> None:
         """Note a traced tensor.
@@ -55,7 +60,10 @@ class TracedMemory:
             return
         if key not in self._holders:
             with torch._C.DisableTorchFunction():
-                self._held.append(StorageWeakRef(tensor.untyped_storage()))
+                storage = tensor.untyped_storage()
+                self._held.append(StorageWeakRef(storage))
+                if storage.data_ptr():
+                    self._addresses[storage.data_ptr()] = self._held[-1]
         if any(not hasattr(x, "_trt") and self._key(x) == key for x in inputs):
             self._constants.add(key)
         self._holders.setdefault(key, []).append(weakref.ref(tensor))
@@ -71,6 +79,12 @@ class TracedMemory:
     def lost(self, tensors: Iterable[torch.Tensor]) -> bool:
         """Whether one of these shows memory of a traced tensor and has no counterpart itself."""
         return any(not hasattr(x, "_trt") and self._is_untold(x) for x in tensors)
+
+    def foreign(self, tensors: Iterable[torch.Tensor]) -> bool:
+        """Whether one of these has a counterpart that is of another network."""
+        return any(
+            hasattr(x, "_trt") and all(x is not y for y in self._others(self._key(x), None)) for x in tensors
+        )
 
     # Writes
 

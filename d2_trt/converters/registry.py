@@ -97,6 +97,8 @@ def convert(graph, name: str, ctx, original: Callable | None = None) -> None:
         problem = (
             "it takes a tensor that was computed of the images by a function that PyTorch does not tell of"
         )
+    if problem is None and graph.memory.foreign(inputs):
+        problem = "it takes a tensor that was computed of the images of another build, which the model kept"
     if problem is not None:
         raise LocatedError(f"no converter for {name} {where(graph)}: {problem}")
     if not any(hasattr(x, "_trt") for x in inputs):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from d2_trt.build_spec import BuildSpec
 from d2_trt.errors import ConversionError
@@ -145,6 +146,7 @@ PAST = {
     "function that takes a parameter": (lambda x: x + F.celu(nn.Parameter(x)), "celu"),
     "parameter": (lambda x: x + nn.Parameter(x), "add"),
     "subclass": (lambda x: x * 2 + x.as_subclass(nn.Parameter) * 3, "mul"),
+    "DLPack": (lambda x: x + from_dlpack(to_dlpack(x)), "add"),
     "copy": (lambda x: x + torch.Tensor(x), r"aten\.alias"),
     "no overrides": (lambda x: x + without_overrides(x), r"aten\.celu"),
     "each of a batch": (lambda x: x + torch.vmap(torch.celu)(x), "vmap|celu|size"),
@@ -323,3 +325,14 @@ def test_a_constant_that_comes_through_is_left_a_constant(trt, monkeypatch):  # 
     for _ in range(2):  # a counterpart that stays would be of the first network
         compared(trace(trt, Wrapped(function), BuildSpec(**DYNAMIC), monkeypatch), function, DYNAMIC)
     assert not hasattr(weight, "_trt")
+
+
+def test_tensor_that_the_model_kept_from_another_build_is_refused(trt, monkeypatch):  # noqa: F811
+    kept = []
+
+    def function(x):
+        kept.append(x * 2)
+        return x + kept[0]
+
+    trace(trt, Wrapped(function), BuildSpec(**STATIC), monkeypatch)
+    assert "another build, which the model kept" in refused(trt, function, STATIC, monkeypatch)
