@@ -16,8 +16,8 @@ from . import compat, progress
 from .build_failure import build_failure, memory_hint
 from .build_report import BuildReport
 from .build_spec import BuildSpec, check_precision, precision_policy
-from .converters import Graph, Guard, converter_table
-from .errors import BuildError, first_line
+from .converters import MODEL, Graph, Guard, TracedMemory, converter_table
+from .errors import BuildError, ConversionError, first_line
 from .parity import exact_float32
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,7 @@ def trace(network, config, core: Core, images: torch.Tensor, spec: BuildSpec) ->
         normalization=spec.normalization,
         attention=spec.attention,
         inside=inside,
+        memory=TracedMemory([*core.parameters(), *core.buffers()]),
     )
     table = converter_table(graph)
     context = t2t.ConversionContext(network, converters=table, torch2trt_kwargs=kwargs, builder_config=config)
@@ -121,16 +122,35 @@ def trace(network, config, core: Core, images: torch.Tensor, spec: BuildSpec) ->
     batch, height, width = (a if a == b else -1 for a, b in zip(spec.min_shape, spec.max_shape))
     images = images.detach().clone()
     images._trt = network.add_input(INPUT, trt.float32, (batch, 3, height, width))
-    with compat.converting(context, table), torch.no_grad(), Guard(context, graph, spec.dynamic):
+    graph.memory.add(images)
+    with compat.converting(context, table), torch.no_grad(), Guard(context, graph, table, spec.dynamic):
         outputs = core(images)
     graph.network = network  # torch2trt names layers of modules only
-    for name, output in zip(OUTPUTS, outputs):
+    for name, output in zip(OUTPUTS, outputs, strict=True):
+        if not hasattr(output, "_trt"):
+            raise ConversionError(
+                f"the output {name} of module '{MODEL}' was not computed of the images by "
+                "functions that have converters: an engine would return the same for every image"
+            )
         result = network.add_identity(graph.cast(output._trt, torch.float32)).get_output(0)
         if not graph.strong:
             result.dtype = trt.float32
         result.name = name
         network.mark_output(result)
+    _name_layers(network)
     return graph
+
+
+def _name_layers(network) -> None:
+    """Give the model's path to layers that no module of it was traced for: its own, and those of the outputs."""
+    count = 0
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.name.startswith(":"):
+            layer.name = MODEL + layer.name
+        elif layer.name.startswith("(Unnamed"):
+            layer.name = f"{MODEL}:outputs.{count}:{layer.type.name}"
+            count += 1
 
 
 def build_engine(

@@ -2,12 +2,17 @@
 
 from . import attention, deformable, layers, mlp, norms, shape_ops, structure
 from .graph import Graph
-from .registry import CONVERTERS, Guard, converter_table, converts
+from .guard import Guard
+from .location import MODEL
+from .memory import TracedMemory
+from .registry import CONVERTERS, converter_table, converts
 
 __all__ = [
     "CONVERTERS",
+    "MODEL",
     "Graph",
     "Guard",
+    "TracedMemory",
     "attention",
     "converter_table",
     "converts",

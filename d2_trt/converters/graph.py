@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .. import compat, plugin
+from .memory import TracedMemory
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class Dim:
 
 
 Size = "int | Dim"
+
+
+def _copied(value: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU whose memory is the network's alone: the model may change its own in place after it was used."""
+    return value.detach().to("cpu", copy=True)
 
 
 class Graph:
@@ -40,6 +46,7 @@ class Graph:
         normalization: str = "native",
         attention: str = "native",
         inside: Callable[[torch.nn.Module], AbstractContextManager] | None = None,
+        memory: TracedMemory | None = None,
     ):
         """
         Args:
@@ -50,6 +57,7 @@ class Graph:
             msda: how deformable attention is computed: "plugin", "stock" or "native".
             normalization, attention: how LayerNorm and GroupNorm, and the decoder's attention are: "plugin" or "native".
             inside: makes a context in which another module is the one that is traced; see `inside`.
+            memory: of traced tensors.
         """
         self.trt = compat.tensorrt()
         self.network = network
@@ -61,6 +69,7 @@ class Graph:
         self.normalization = normalization
         self.attention = attention
         self._inside = inside
+        self.memory = memory or TracedMemory()
         self._seen = set()
         self._alive = []  # TensorRT reads weights when it builds: they must outlive the network
         self._shapes = {}
@@ -122,7 +131,7 @@ class Graph:
 
     def constant(self, value: torch.Tensor, dtype: torch.dtype = torch.float32):
         """A constant; floating values become `dtype`, rounded to nearest as a cast in the engine would."""
-        value = value.detach().cpu()
+        value = _copied(value)
         if value.is_floating_point():
             return self._float_constant(value.float(), dtype)
         array = value.numpy()
@@ -144,13 +153,13 @@ class Graph:
 
     def words(self, value: torch.Tensor):
         """A constant of int32 words that only one of our plugins understands, such as packed weights: never converted."""
-        array = np.ascontiguousarray(value.detach().cpu().numpy())
+        array = np.ascontiguousarray(_copied(value).numpy())
         self._alive.append(array)
         return self.network.add_constant(tuple(value.shape), array).get_output(0)
 
     def weights(self, value: torch.Tensor, dtype: torch.dtype):
         """Weights of a layer, in the type that it computes in where networks are strongly typed."""
-        return self._held(value.detach().cpu().to(dtype if self.strong else torch.float32))
+        return self._held(_copied(value).to(dtype if self.strong else torch.float32))
 
     def _held(self, value: torch.Tensor):
         """A tensor on the CPU as TensorRT takes weights, in memory that lives as long as the graph."""

@@ -57,7 +57,7 @@ def _position(g, position):
     if hasattr(position, "_trt"):
         return position._trt
     made, dtype = _positions_of.setdefault(g, {}), g.compute_dtype(g.current_module())
-    key = (id(position), dtype)
+    key = (id(position), position._version, dtype)
     if key not in made:
         made[key] = (position, g.constant(position, dtype))  # held, so that no other tensor gets its id
     return made[key][1]

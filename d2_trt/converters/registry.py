@@ -1,48 +1,25 @@
-"""Our converter table, and the guard that keeps anything without a converter out of an engine."""
+"""Our converter table, and what runs a converter."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils import _pytree
 
 from ..errors import ConversionError
+from .location import LocatedError, where
+from .memory import tensors_of
 
 CONVERTERS: dict[str, Callable] = {}
 
 # What a converter returns that leaves the conversion to what its function calls.
 DECLINED = object()
 
-# What reads no data and no size of a traced tensor, and so needs no layer.
-_HARMLESS = {
-    "dtype",
-    "device",
-    "is_cuda",
-    "requires_grad",
-    "ndim",
-    "dim",
-    "numel",
-    "is_floating_point",
-    "layout",
-    "is_sparse",
-    "is_quantized",
-    "is_complex",
-    "grad_fn",
-    "is_nested",
-    "is_mps",
-    "is_cpu",
-}
-_SIZES = {"shape", "size"}
 # Converted where PyTorch dispatches it, not by putting a wrapper in its place: a class whose __getitem__ was set once passes
 # for a sequence ever after, also when it is put back, and torch.as_tensor([tensor(0), tensor(1)]) fails then.
-_DISPATCHED = {"torch.Tensor.__getitem__": torch.Tensor.__getitem__}
+DISPATCHED = {"torch.Tensor.__getitem__": torch.Tensor.__getitem__}
 
 
 def converts(*names: str):
@@ -64,11 +41,10 @@ def converts(*names: str):
 
 def traced_tensors(*values) -> list[torch.Tensor]:
     """Tensors among (nested) values that have a counterpart in the network."""
-    leaves = _pytree.tree_leaves(values)
-    return [x for x in leaves if isinstance(x, torch.Tensor) and hasattr(x, "_trt")]
+    return [x for x in tensors_of(*values) if hasattr(x, "_trt")]
 
 
-def _resolve(name: str) -> tuple[object, str, Callable] | None:
+def resolve(name: str) -> tuple[object, str, Callable] | None:
     """Module, qualified name in it and object of an importable name; None where this torch has no such function."""
     parts = name.split(".")
     for i in range(len(parts) - 1, 0, -1):
@@ -86,13 +62,13 @@ def _resolve(name: str) -> tuple[object, str, Callable] | None:
 def converter_table(graph) -> dict[str, dict]:
     """The table in the form that torch2trt's ConversionContext takes."""
     table = {}
-    for name, function in CONVERTERS.items():
-        found = _resolve(name)
-        if found is None or name in _DISPATCHED:
+    for name in CONVERTERS:
+        found = resolve(name)
+        if found is None or name in DISPATCHED:
             continue
         module, qualified, original = found
         table[name] = {
-            "converter": functools.partial(_convert, graph, name, function, original=original),
+            "converter": functools.partial(convert, graph, name, original=original),
             "is_real": True,
             "module": module,
             "module_name": module.__name__,
@@ -103,32 +79,73 @@ def converter_table(graph) -> dict[str, dict]:
     return table
 
 
-def _convert(graph, name: str, function: Callable, ctx, original: Callable | None = None) -> None:
-    if not traced_tensors(ctx.method_args, ctx.method_kwargs):
+def convert(graph, name: str, ctx, original: Callable | None = None) -> None:
+    """Give the tensors that a function just returned their counterparts in the network.
+
+    Args:
+        name: of the function, in the table.
+        ctx: torch2trt's context, which holds the function's arguments and result.
+        original: the function.
+
+    Raises:
+        ConversionError: it names the function, the module and the line.
+    """
+    inputs, results = tensors_of(ctx.method_args, ctx.method_kwargs), tensors_of(ctx.method_return)
+    problem = graph.memory.lost_write(inputs, results)
+    graph.memory.forget_writes()
+    if problem is None and graph.memory.lost(inputs):
+        problem = (
+            "it takes a tensor that was computed of the images by a function that PyTorch does not tell of"
+        )
+    if problem is None and graph.memory.foreign(inputs):
+        problem = "it takes a tensor that was computed of the images of another build, which the model kept"
+    if problem is not None:
+        raise LocatedError(f"no converter for {name} {where(graph)}: {problem}")
+    if not any(hasattr(x, "_trt") for x in inputs):
         return
-    try:
-        made = function(graph, ctx.method_return, *ctx.method_args, **ctx.method_kwargs)
-    except ConversionError:
-        raise
-    except Exception as error:
-        raise ConversionError(
-            f"converting {name} in module '{graph.current_module()}' ({_caller()}) failed: {type(error).__name__}: {error}"
-        ) from error
+    made = _counterparts(graph, name, ctx)
     if made is None:
         return
     if made is DECLINED:
-        made = _convert_inside(ctx, name, original)
-    results = ctx.method_return if isinstance(made, (list, tuple)) else [ctx.method_return]
-    for tensor, counterpart in zip(results, made if isinstance(made, (list, tuple)) else [made], strict=True):
-        if len(counterpart.shape) != tensor.dim():
-            raise ConversionError(
-                f"the converter of {name} made a tensor of {len(counterpart.shape)} dimensions where PyTorch has "
-                f"{tensor.dim()}, in module '{graph.current_module()}' ({_caller()})"
-            )
-        tensor._trt = counterpart
+        made = _convert_inside(graph, ctx, name, original)
+    returned = ctx.method_return if isinstance(made, (list, tuple)) else [ctx.method_return]
+    for tensor, counterpart in zip(
+        returned, made if isinstance(made, (list, tuple)) else [made], strict=True
+    ):
+        _check_shape(graph, name, tensor, counterpart)
+        if not any(
+            tensor is x and not hasattr(x, "_trt") for x in inputs
+        ):  # one that came through is the constant it was
+            tensor._trt = counterpart
+            graph.memory.add(tensor, inputs)
 
 
-def _convert_inside(ctx, name: str, original: Callable):
+def _counterparts(graph, name: str, ctx):
+    """What a converter makes."""
+    graph.memory.converting = True
+    try:
+        return CONVERTERS[name](graph, ctx.method_return, *ctx.method_args, **ctx.method_kwargs)
+    except LocatedError:
+        raise
+    except ConversionError as error:
+        raise LocatedError(f"converting {name} {where(graph)} failed: {error}") from error
+    except Exception as error:
+        raise LocatedError(
+            f"converting {name} {where(graph)} failed: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        graph.memory.converting = False
+
+
+def _check_shape(graph, name: str, tensor: torch.Tensor, counterpart) -> None:
+    shape, expected = tuple(counterpart.shape), tuple(tensor.shape)
+    if len(shape) != len(expected) or any(0 <= a != b for a, b in zip(shape, expected)):
+        raise LocatedError(
+            f"the converter of {name} made a tensor of shape {shape} where PyTorch has {expected}, {where(graph)}"
+        )
+
+
+def _convert_inside(graph, ctx, name: str, original: Callable):
     """Runs a function of the model again, with what it calls converted; the network's tensor, or tensors, of its result."""
     kept = {key: getattr(ctx, key) for key in ("lock", "method_args", "method_kwargs", "method_return")}
     ctx.lock = False
@@ -139,77 +156,7 @@ def _convert_inside(ctx, name: str, original: Callable):
             setattr(ctx, key, value)
     results = result if isinstance(result, tuple) else (result,)
     if not all(hasattr(r, "_trt") for r in results):
-        raise ConversionError(
-            f"the converter of {name} left it to the functions it calls, and these made no tensor"
+        raise LocatedError(
+            f"the converter of {name} left it to the functions it calls, and these made no tensor, {where(graph)}"
         )
     return [r._trt for r in results] if isinstance(result, tuple) else result._trt
-
-
-def _caller() -> str:
-    """File and line of the model's code that is being traced."""
-    ours, torchs = Path(__file__).resolve().parent.parent, Path(torch.__file__).resolve().parent
-    for frame in reversed(traceback.extract_stack(sys._getframe())):
-        path = Path(frame.filename).resolve()
-        # The wrapper that the context puts around converted functions stands between the model and its converter.
-        if ours not in path.parents and torchs not in path.parents and frame.name != "wrapper":
-            return f"{path.name}:{frame.lineno}: {frame.line}"
-    return "unknown line"
-
-
-class Guard(TorchFunctionMode):
-    """Fails the build on any function that takes a traced tensor and has no converter.
-
-    Without it such a function's result would enter the engine as a constant: the value that it had for the image that
-    was traced.
-    """
-
-    def __init__(self, context, graph, dynamic: bool):
-        super().__init__()
-        self.context = context
-        self.graph = graph
-        self.dynamic = dynamic
-
-        # A module that took a function when it was made (Conv2d(activation=F.relu)) reaches the converter through here.
-        self.converted = {id(_resolve(name)[2]) for name in CONVERTERS if _resolve(name) is not None}
-
-    def __torch_function__(self, func, _, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if self.context.lock or not traced_tensors(args, kwargs):
-            return func(*args, **kwargs)
-        for name, original in _DISPATCHED.items():
-            if func == original:
-                return self._run_and_convert(name, func, args, kwargs)
-        if id(func) not in self.converted:
-            self._check(func)
-        return func(*args, **kwargs)
-
-    def _run_and_convert(self, name: str, func, args, kwargs):
-        result = func(*args, **kwargs)
-        context = self.context
-        context.lock = True  # what a converter does itself is not traced
-        # torch2trt reads them whenever a layer is added, to name it.
-        context.method_args, context.method_kwargs, context.method_return = args, kwargs, result
-        try:
-            _convert(self.graph, name, CONVERTERS[name], context)
-        finally:
-            context.method_args = context.method_kwargs = context.method_return = None
-            context.lock = False
-        return result
-
-    def _check(self, func) -> None:
-        name = getattr(func, "__name__", str(func))
-        if name == "__get__":  # a property of Tensor
-            name = getattr(getattr(func, "__self__", None), "__name__", name)
-        if name in _HARMLESS or (name in _SIZES and not self.dynamic):
-            return
-        where = f"in module '{self.graph.current_module()}' ({_caller()})"
-        if name in _SIZES:
-            raise ConversionError(
-                f"the size of a traced tensor is read {where}: an engine for a range of sizes would keep the size of the "
-                "image that was traced. Use a function of mask2former.modeling.shape_ops, or build with "
-                "MODEL.TENSORRT.STATIC True"
-            )
-        raise ConversionError(
-            f"no converter for {resolve_name(func) or name} {where}. Add one under d2_trt/converters with "
-            "@converts, or express the module with functions that have one"
-        )

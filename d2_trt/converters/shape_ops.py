@@ -9,14 +9,36 @@ import math
 
 import torch
 
+from mask2former.modeling.shape_ops import LevelShapes
+
+from .location import size_error
 from .registry import converts, traced_tensors
 
 _OPS = "mask2former.modeling.shape_ops."
 
 
+class _UnknownShapes(LevelShapes):
+    """Shapes that only functions which are converted as a whole may read: in an engine for a range of sizes they differ."""
+
+    def __getitem__(self, index):
+        self._check()
+        return super().__getitem__(index)
+
+    def __iter__(self):
+        self._check()
+        return super().__iter__()
+
+    def _check(self) -> None:
+        if self.graph.memory.outside():
+            raise size_error(self.graph, "level_shapes")
+
+
 @converts(_OPS + "level_shapes")
 def level_shapes(g, result, maps):
     """The converters that take the shapes read them from the maps."""
+    if any(size < 0 for source in maps for size in g.tensor(source).shape[2:]):
+        result.graph = g
+        result.__class__ = _UnknownShapes
 
 
 @converts(_OPS + "split_levels")

@@ -49,7 +49,7 @@ def same(g, result, x, *unused, **also_unused):
 @converts("torch.Tensor.float", "torch.Tensor.to", "torch.Tensor.half", "torch.Tensor.type_as")
 def to(g, result, x, *unused, **also_unused):
     # Precision is the policy's business, not that of the traced code: a float stays one.
-    if result.is_floating_point() != x.is_floating_point():
+    if result.dtype != x.dtype and not (result.is_floating_point() and x.is_floating_point()):
         raise ConversionError(f"a conversion from {x.dtype} to {result.dtype} has no converter")
     return g.tensor(x)
 
@@ -112,8 +112,10 @@ def unbind(g, result, x, dim=0):
     t = g.tensor(x)
     dim %= x.dim()
     sizes = g.sizes(t)
+    if not isinstance(sizes[dim], int):
+        raise ConversionError("a dimension of unknown size cannot be split into its elements")
     outputs = []
-    for i in range(x.shape[dim]):
+    for i in range(sizes[dim]):
         starts = [0] * x.dim()
         starts[dim] = i
         part = g.slice(t, starts, [*sizes[:dim], 1, *sizes[dim + 1 :]])
@@ -178,7 +180,10 @@ def roll(g, result, x, shifts, dims):
         dim %= x.dim()
         sizes = g.sizes(t)
         # The first part of the result starts `split` elements into the input.
-        split = -shift if shift <= 0 else g.sub(sizes[dim], shift)
+        if isinstance(sizes[dim], int):
+            split = -shift % sizes[dim]
+        else:
+            split = -shift if shift <= 0 else g.sub(sizes[dim], shift)
         zeros = [0] * x.dim()
         starts = [*zeros[:dim], split, *zeros[dim + 1 :]]
         tail = g.slice(t, starts, [*sizes[:dim], g.sub(sizes[dim], split), *sizes[dim + 1 :]])

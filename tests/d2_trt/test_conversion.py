@@ -79,11 +79,34 @@ def test_half_precision_stays_near_float32_and_keeps_its_pins(trt, model, monkey
     assert "HALF" in types["model.sem_seg_head.pixel_decoder.transformer.encoder.layers.0.linear1"]
 
 
-def test_layers_are_named_after_their_modules(trt, model, monkeypatch):  # noqa: F811
-    network = trace(trt, builder.Core(model), BuildSpec(**STATIC), monkeypatch)
-    names = {network.get_layer(i).name.split(":")[0] for i in range(network.num_layers)}
-    assert "model.sem_seg_head.pixel_decoder.transformer.encoder.layers.0.self_attn.core" in names
-    assert "model.sem_seg_head.predictor.transformer_ffn_layers.0.linear1" in names
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("shapes", [DYNAMIC, STATIC], ids=["dynamic", "static"])
+def test_every_layer_is_named_after_its_module(trt, model, shapes, precision, monkeypatch):  # noqa: F811
+    core = builder.Core(model)
+    network = trace(trt, core, BuildSpec(**shapes, precision=precision), monkeypatch)
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    paths = [layer.name.split(":")[0] for layer in layers]
+    assert set(paths) <= {name for name, _ in core.named_modules()} - {""}
+    assert len({layer.name for layer in layers}) == len(layers)
+    assert "model.sem_seg_head.pixel_decoder.transformer.encoder.layers.0.self_attn.core" in paths
+    assert "model.sem_seg_head.predictor.transformer_ffn_layers.0.linear1" in paths
+    outputs = {network.get_output(i).name for i in range(network.num_outputs)}
+    last = [p for layer, p in zip(layers, paths) if layer.get_output(0).name in outputs]
+    assert last == ["model"] * 2
+    used_first = {}
+    for layer, path in zip(layers, paths):
+        for i in range(layer.num_inputs):
+            if layer.get_input(i) is not None:
+                used_first.setdefault(layer.get_input(i).name, path)
+    constants = [
+        (path, layer.get_output(0).name)
+        for layer, path in zip(layers, paths)
+        if "CONSTANT" in layer.type.name
+    ]
+    users = [
+        (path, used_first[name]) for path, name in constants if name in used_first
+    ]  # others were made in another type
+    assert len(users) > 50 and all(path == user for path, user in users)
 
 
 class Wrapped(nn.Module):
