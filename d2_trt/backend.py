@@ -8,6 +8,7 @@ import itertools
 import threading
 import time
 import weakref
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,19 @@ import torch
 from torch import Tensor
 
 from . import builder, cache_key, compat, parity, plugin
+from .build_failure import is_about_memory, memory_hint
 from .build_spec import BuildSpec, check_precision, default_fp32_modules
 from .cache import BuiltEngine, CacheEntry, EngineCache
 from .cache_timing import TimingCache
 from .engine import Engine
-from .errors import BuildError, D2TRTError, EngineShapeError, MissingDependencyError, first_line
+from .errors import (
+    BuildError,
+    D2TRTError,
+    EngineShapeError,
+    GPUMemoryError,
+    MissingDependencyError,
+    first_line,
+)
 from .logging import follow_detectron2, get_logger
 from .options import TensorRTOptions
 from .run_record import RunRecord
@@ -114,7 +123,7 @@ class TensorRTBackend:
 
         Raises:
             EngineShapeError: the images are outside the range, and ON_OUT_OF_RANGE is "raise".
-            D2TRTError: there is no engine, and ON_ERROR is "raise".
+            D2TRTError: there is no engine, or it does not run, and ON_ERROR is "raise".
         """
         engine = None
         if self._unavailable is None:
@@ -129,8 +138,12 @@ class TensorRTBackend:
                 )
             else:
                 engine = self._engine(shapes, images)
-        self._record.count("torch" if engine is None else "tensorrt", len(images))
-        return self._model.core(images) if engine is None else engine(images)
+        outputs = None if engine is None else self._run(engine, shapes, images)
+        ran = "torch" if outputs is None else "tensorrt"
+        if outputs is None:
+            outputs = self._model.core(images)
+        self._record.count(ran, len(images))
+        return outputs
 
     def weights_changed(self) -> None:
         """Tell the backend that the model's weights may be others now; the next call looks."""
@@ -171,6 +184,44 @@ class TensorRTBackend:
                 **self._record.describe(),
             }
 
+    def _run(self, engine: Engine, shapes: ShapeRange, images: Tensor) -> tuple[Tensor, Tensor] | None:
+        """An engine's outputs; None where it fails and PyTorch is to run instead, this time."""
+        try:
+            return engine(images)
+        except Exception as error:
+            failure = self._failure(error, "run", shapes)
+            if self.options.on_error != "torch":
+                if failure is error:
+                    raise
+                raise failure from error
+        self._say_fallback(failure, about=("run", type(failure)))
+        return None
+
+    def _failure(self, error: Exception, doing: str, shapes: ShapeRange) -> Exception:
+        """What to tell of an error.
+
+        Returns:
+            a D2TRTError: itself, without its traceback, which holds tensors; or GPUMemoryError in the place of PyTorch's
+            own. Where ON_ERROR is "raise", an error that this project does not know is returned as it is.
+        """
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            return GPUMemoryError(
+                f"the GPU's memory does not suffice to {doing} the engine ({first_line(error)})."
+                + self._memory_hint(shapes)
+            )
+        if isinstance(error, D2TRTError):
+            return error if self.options.on_error != "torch" else type(error)(*error.args)
+        if self.options.on_error != "torch":
+            return error
+        logger.debug("ON_ERROR torch hides this", exc_info=error)
+        return BuildError(
+            f"TensorRT could not {doing} the engine ({type(error).__name__}: {first_line(error)})"
+        )
+
+    def _memory_hint(self, shapes: ShapeRange) -> str:
+        spec = BuildSpec(shapes.min, shapes.opt, shapes.max, workspace_bytes=self.options.workspace_bytes)
+        return " " + memory_hint(spec, self._model.device).strip()
+
     # Which engine
 
     def _engine(self, shapes: ShapeRange, images: Tensor | None) -> Engine | None:
@@ -192,11 +243,18 @@ class TensorRTBackend:
         if where not in self._failures:
             try:
                 loaded = self._load(where[0], images)
-            except D2TRTError as error:
-                # Kept, since minutes of building would end the same way; without its traceback, which holds tensors.
-                self._failures[where] = type(error)(*error.args)
-                if self.options.on_error != "torch":
-                    raise
+            except Exception as error:
+                failure = self._failure(error, "build or load", where[0])
+                falls_back = self.options.on_error == "torch"
+                # Kept, since minutes of building would end the same way. Memory may be there when it is asked for again.
+                if falls_back or (
+                    isinstance(failure, D2TRTError) and not isinstance(failure, GPUMemoryError)
+                ):
+                    self._failures[where] = type(failure)(*failure.args)
+                if not falls_back:
+                    if failure is error:
+                        raise
+                    raise failure from error
             else:
                 while len(self._loaded) >= MAX_LOADED:
                     self._unload(min(self._loaded, key=lambda w: self._loaded[w].used))
@@ -232,8 +290,10 @@ class TensorRTBackend:
             )
         compat.tensorrt()
 
-    def _say_fallback(self, error: D2TRTError) -> None:
-        self._record.warn_once(error, f"PyTorch runs the network (MODEL.TENSORRT.ON_ERROR torch): {error}")
+    def _say_fallback(self, error: Exception, about: Hashable = None) -> None:
+        self._record.warn_once(
+            about or error, f"PyTorch runs the network (MODEL.TENSORRT.ON_ERROR torch): {error}"
+        )
 
     # Loading and building
 
@@ -243,13 +303,14 @@ class TensorRTBackend:
         entry, engine = self._get_entry(shapes, images, self._cache)
         if engine is None:
             try:
-                engine = self._make_engine(entry.data)
+                engine = self._make_engine(entry.data, shapes)
             except BuildError as error:
-                if self._cache.mode == "require":
+                # Where memory does not suffice the entry is good, and a build would want more.
+                if self._cache.mode == "require" or isinstance(error, GPUMemoryError):
                     raise
                 logger.warning("The cached engine %s is built again: %s", entry.path, error)
                 entry, engine = self._get_entry(shapes, images, self._rebuilding())
-                engine = engine or self._make_engine(entry.data)
+                engine = engine or self._make_engine(entry.data, shapes)
         seconds = time.perf_counter() - started
         engine_info = entry.sidecar["engine"]
         logger.info(
@@ -314,7 +375,7 @@ class TensorRTBackend:
                     self._model, spec, samples.take(shapes.opt), timing.load() if use_timings else b""
                 )
                 timing.merge(timings, builder.combine_timing_caches)
-                engine = self._make_engine(plan)
+                engine = self._make_engine(plan, shapes)
                 numbers = {}
                 if options.verify.enabled:
                     step = max(self._model.size_divisibility, 1)
@@ -323,16 +384,34 @@ class TensorRTBackend:
                         engine, self._model.core, map(samples.take, batches), options.verify
                     )
         except torch.cuda.OutOfMemoryError as error:
-            raise BuildError(
-                f"the GPU's memory does not suffice to build and check the engine ({first_line(error)}). Lower "
-                "MODEL.TENSORRT.MAX_BATCH_SIZE, the range in MODEL.TENSORRT.SHAPES or MODEL.TENSORRT.WORKSPACE, or free "
-                "memory of the GPU."
+            raise GPUMemoryError(
+                f"the GPU's memory does not suffice to build and check the engine ({first_line(error)})."
+                + self._memory_hint(shapes)
             ) from error
         return BuiltEngine(plan, report=dataclasses.asdict(report), parity=numbers), engine
 
-    def _make_engine(self, plan: bytes) -> Engine:
+    def _make_engine(self, plan: bytes, shapes: ShapeRange) -> Engine:
+        """
+        Raises:
+            GPUMemoryError: the GPU's memory does not suffice.
+            BuildError: the plan does not load for another reason.
+        """
+        with contextlib.suppress(GPUMemoryError):
+            return self._new_engine(plan, shapes)
+        torch.cuda.empty_cache()  # what PyTorch keeps for itself, TensorRT cannot have
+        return self._new_engine(plan, shapes)
+
+    def _new_engine(self, plan: bytes, shapes: ShapeRange) -> Engine:
         options = self.options
-        return Engine(plan, self._model.device, options.max_cuda_graphs if options.cuda_graphs else 0)
+        try:
+            return Engine(plan, self._model.device, options.max_cuda_graphs if options.cuda_graphs else 0)
+        except (BuildError, torch.cuda.OutOfMemoryError) as error:
+            if not _is_memory_error(error):
+                raise
+            said = first_line(error) if not isinstance(error, BuildError) else " ".join(str(error).split())
+            raise GPUMemoryError(
+                f"the GPU's memory does not suffice to load the engine ({said}).{self._memory_hint(shapes)}"
+            ) from error
 
     def _spec(self, shapes: ShapeRange, capability: tuple[int, int]) -> BuildSpec:
         options = self.options
@@ -393,6 +472,15 @@ def _notice_for(backend: TensorRTBackend):
             backend.weights_changed()
 
     return notice
+
+
+def _is_memory_error(error: Exception) -> bool:
+    """Whether an engine did not load for want of memory, which TensorRT tells in its messages, and by no context."""
+    return (
+        isinstance(error, (torch.cuda.OutOfMemoryError, GPUMemoryError))
+        or is_about_memory(str(error))
+        or "no execution context" in str(error)
+    )
 
 
 def _on(device: torch.device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
 import torch
@@ -22,10 +23,10 @@ def build_failure(
         device: the GPU, to tell what is free of it.
     """
     messages, warnings = list(messages), list(warnings)
-    about_memory = [w for w in warnings if _is_about_memory(w)]
+    about_memory = [w for w in warnings if is_about_memory(w)]
     text = "\n  ".join([*about_memory[-2:], *messages[-5:]]) or "TensorRT gave no reason"
     hint = ""
-    if about_memory or any(map(_is_about_memory, messages)):
+    if about_memory or any(map(is_about_memory, messages)):
         hint = memory_hint(spec, device)
     return f"TensorRT built no engine for {spec}:\n  {text}{hint}"
 
@@ -35,8 +36,9 @@ def memory_hint(spec: BuildSpec, device: torch.device | None) -> str:
     batch, height, width = spec.max_shape
     free = ""
     if device is not None and device.type == "cuda":
-        available, total = torch.cuda.mem_get_info(device)
-        free = f", of which {available / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
+        with contextlib.suppress(RuntimeError):  # a GPU that fails does not tell
+            available, total = torch.cuda.mem_get_info(device)
+            free = f", of which {available / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
     limit = ""
     if spec.workspace_bytes:
         limit = (
@@ -49,7 +51,8 @@ def memory_hint(spec: BuildSpec, device: torch.device | None) -> str:
     )
 
 
-def _is_about_memory(message: str) -> bool:
+def is_about_memory(message: str) -> bool:
+    """Whether a message of TensorRT says that memory ran out."""
     message = message.lower()
     words = ("out of memory", "outofmemory", "insufficient memory", "gpu memory", "workspace", "cudamalloc")
     return any(word in message for word in words)
