@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mask2former.backend import name_runners
+
 from . import builder, cache_key, compat, parity, plugin
 from .build_failure import is_about_memory, memory_hint
 from .build_spec import BuildSpec, check_precision, default_fp32_modules
@@ -169,20 +171,26 @@ class TensorRTBackend:
         """What has run the network so far, JSON-serialisable.
 
         Returns:
-            "backend" ("tensorrt", or "torch (fallback: why)"), "precision", "engines" (key, path, range, times, parity,
-            CUDA graphs), "images" (how many each of the two ran), and "reasons" for PyTorch running any.
+            "backend" ("tensorrt", "torch (fallback: why)", or both with their images; before the first image, what would
+            run it), "precision", "engines" (key, path, range, times, parity, CUDA graphs), "images" (how many each of the
+            two ran), and "reasons" for PyTorch running any.
         """
         with self._lock:
             failure = self._unavailable or next(iter(self._failures.values()), None)
-            name = "tensorrt"
-            if failure is not None and not self._loaded:
-                name = f"torch (fallback: {first_line(failure)})"
-            return {
-                "backend": name,
-                "precision": self.options.precision,
-                "engines": [loaded.describe() for loaded in self._loaded.values()],
-                **self._record.describe(),
-            }
+            loaded = list(self._loaded.values())
+            record = self._record.describe()
+        name = name_runners(record["images"]) or (
+            "torch" if failure is not None and not loaded else "tensorrt"
+        )
+        if name == "torch":
+            why = failure or next(iter(record["reasons"]), "no engine")
+            name = f"torch (fallback: {first_line(why)})"
+        return {
+            "backend": name,
+            "precision": self.options.precision,
+            "engines": [one.describe() for one in loaded],
+            **record,
+        }
 
     def _run(self, engine: Engine, shapes: ShapeRange, images: Tensor) -> tuple[Tensor, Tensor] | None:
         """An engine's outputs; None where it fails and PyTorch is to run instead, this time."""

@@ -47,6 +47,6 @@ class ImageError(D2TRTError):
         self.index = index
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
     """What an error says first: those of CUDA go on for a page."""
     return next(iter(str(error).splitlines()), type(error).__name__)

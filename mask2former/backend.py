@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from detectron2.utils.registry import Registry
@@ -23,7 +24,9 @@ Backends by the name that MODEL.BACKEND gives. An entry is called as `entry(mode
 
 with images padded but not normalised, on the model's device; `prepare()`, which does ahead of time whatever the first call
 would have to do; and `describe()`, a JSON-serialisable dict of what has run the network so far, under "backend" in a word or
-two. An entry with an attribute `check` has it called as `check(cfg)` before a model is built; it raises BackendError or
+two, and under "images", where several may run them, how many each did.
+
+An entry with an attribute `check` has it called as `check(cfg)` before a model is built; it raises BackendError or
 ValueError where the config asks for what cannot be.
 """
 
@@ -61,6 +64,14 @@ def build_backend(name: str, model: MaskFormer, cfg=None):
     """
     check_backend(name)
     return BACKEND_REGISTRY.get(name)(model, cfg)
+
+
+def name_runners(images: Mapping[str, int]) -> str:
+    """What ran the network, by how many images each ran; such as "tensorrt (8 images) and torch (1 image)"."""
+    ran = {name: count for name, count in images.items() if count}
+    if len(ran) <= 1:
+        return "".join(ran)
+    return " and ".join(f"{name} ({count} image{'s'[: count != 1]})" for name, count in ran.items())
 
 
 class TorchBackend:

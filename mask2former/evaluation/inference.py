@@ -16,6 +16,7 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import nn
 
+from ..backend import name_runners
 from .build import build_evaluator, check_test_sets
 from .overlapped import OverlappedEvaluators
 from .test_loader import build_test_loader
@@ -103,13 +104,16 @@ def describe_backend(model: nn.Module) -> dict:
     backend = getattr(model, "backend", None)
     told = backend.describe() if hasattr(backend, "describe") else {"backend": "torch"}
     everyone = comm.gather(told) or [told]
-    # A rank that fell back while the others did not must show.
-    told["backend"] = "; ".join(dict.fromkeys(one["backend"] for one in everyone))
+    # A rank that fell back while the others did not must show; one that had no images ran nothing.
+    ran = [one for one in everyone if sum(one.get("images", {}).values())] or everyone
+    told["backend"] = "; ".join(dict.fromkeys(one["backend"] for one in ran))
     if "images" in told:
         counts = Counter()
         for one in everyone:
             counts.update(one["images"])
         told["images"] = dict(counts)
+        if sum(map(bool, counts.values())) > 1:
+            told["backend"] = name_runners(counts)
     if "reasons" in told:
         told["reasons"] = list(dict.fromkeys(reason for one in everyone for reason in one["reasons"]))
     return told

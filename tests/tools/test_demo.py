@@ -448,10 +448,3 @@ def test_backend_that_cannot_run_stops_the_demo(tmp_path, capsys, key, value, me
     assert run("--draw", 1, "--output", tmp_path, **opts, **{f"MODEL__{key}": value}) == 2
     error = capsys.readouterr().err
     assert error.count(message) == 1 and error.splitlines()[-1].startswith("demo.py: error: MODEL.")
-
-
-def test_images_that_pytorch_ran_are_told():
-    images = {"tensorrt": 3, "torch": 1}
-    assert demo_module._shares({"backend": "tensorrt", "images": images}) == ", but PyTorch ran 1 of 4 images"
-    assert demo_module._shares({"backend": "tensorrt", "images": {"tensorrt": 3, "torch": 0}}) == ""
-    assert demo_module._shares({"backend": "torch"}) == ""
