@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mask2former.backend import name_runners
 
-from . import builder, cache_key, compat, parity, plugin
+from . import builder, cache_key, compat, parity, plugin, requirements
 from .build_failure import is_about_memory, memory_hint
 from .build_spec import BuildSpec, check_precision, default_fp32_modules
 from .cache import BuiltEngine, CacheEntry, EngineCache
@@ -73,12 +73,12 @@ class TensorRTBackend:
     def __init__(self, model, cfg):
         """
         Args:
-            model: MaskFormer on a CUDA device.
+            model: MaskFormer, on a CUDA device unless ON_ERROR is "torch".
             cfg: after add_tensorrt_config.
 
         Raises:
             OptionsError: a key under MODEL.TENSORRT is wrong.
-            MissingDependencyError: TensorRT or the GPU is missing, and MODEL.TENSORRT.ON_ERROR is "raise".
+            MissingDependencyError: the GPU, TensorRT or torch2trt is missing, and MODEL.TENSORRT.ON_ERROR is "raise".
         """
         follow_detectron2()
         self._model = model
@@ -291,16 +291,12 @@ class TensorRTBackend:
             self._weights = weights
 
     def _require(self) -> None:
-        if self._model.device.type != "cuda":
-            raise MissingDependencyError(
-                f"MODEL.BACKEND 'tensorrt' runs on an NVIDIA GPU, but the model is on {self._model.device}. Set "
-                "MODEL.DEVICE cuda, or MODEL.BACKEND torch."
-            )
-        compat.tensorrt()
+        requirements.require(self._model.device, builds=self.options.cache.mode != "require")
 
     def _say_fallback(self, error: Exception, about: Hashable = None) -> None:
         self._record.warn_once(
-            about or error, f"PyTorch runs the network (MODEL.TENSORRT.ON_ERROR torch): {error}"
+            about or error,
+            f"PyTorch runs the network on {self._model.device} (MODEL.TENSORRT.ON_ERROR torch): {error}",
         )
 
     # Loading and building

@@ -26,14 +26,15 @@ with images padded but not normalised, on the model's device; `prepare()`, which
 would have to do; and `describe()`, a JSON-serialisable dict of what has run the network so far, under "backend" in a word or
 two, and under "images", where several may run them, how many each did.
 
-An entry with an attribute `check` has it called as `check(cfg)` before a model is built; it raises BackendError or
-ValueError where the config asks for what cannot be.
+An entry with an attribute `check` has it called as `check(cfg)` to see whether the config asks for what cannot be: it raises
+BackendError or ValueError. One with an attribute `settle` has it called as `settle(cfg)` before a model is built from a
+config: it raises BackendError where the machine lacks what the backend needs, or changes the config, MODEL.DEVICE above
+all, to what the backend falls back to.
 """
 
 # What makes a name known that is not registered yet.
 _INSTALL_HINTS = {
-    "tensorrt": "`import d2_trt` registers 'tensorrt' (this project's TensorRT plugin, which needs an NVIDIA GPU, "
-    "`pip install tensorrt` and torch2trt)",
+    "tensorrt": "`import d2_trt` registers 'tensorrt', this project's TensorRT plugin, which says what it needs",
 }
 
 
@@ -54,6 +55,17 @@ def check_backend(name: str, cfg=None) -> None:
     raise KeyError(
         f"MODEL.BACKEND is {name!r}, which is not registered. Registered: {known}. {'; '.join(hints)}."
     )
+
+
+def settle_backend(name: str, cfg) -> None:
+    """What a backend wants done before a model is built from a config, which may change in place, frozen or not.
+
+    Raises:
+        BackendError, ValueError: the backend cannot run here, or refuses the config.
+    """
+    settle = getattr(BACKEND_REGISTRY.get(name), "settle", None) if name in BACKEND_REGISTRY else None
+    if settle is not None:
+        settle(cfg)
 
 
 def build_backend(name: str, model: MaskFormer, cfg=None):

@@ -8,7 +8,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_sem_seg_head
 from torch import Tensor, nn
 
-from .backend import build_backend, check_backend
+from .backend import build_backend, check_backend, settle_backend
 from .modeling import fused_ops
 from .modeling.criterion import build_criterion
 from .modeling.targets import prepare_targets
@@ -66,6 +66,7 @@ class MaskFormer(nn.Module):
 
     @classmethod
     def from_config(cls, cfg):
+        settle_backend(cfg.MODEL.BACKEND, cfg)
         backbone = build_backbone(cfg)
         sem_seg_head = build_sem_seg_head(cfg, backbone.output_shape())
         datasets = tuple(cfg.DATASETS.TRAIN) or tuple(cfg.DATASETS.TEST)

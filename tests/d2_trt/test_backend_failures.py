@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
@@ -128,7 +127,9 @@ def test_bf16_needs_tensorrt_10(workshop, monkeypatch):
 
 
 def test_model_on_the_cpu_is_refused_with_what_to_change(tmp_path):
-    with pytest.raises(MissingDependencyError, match=r"on cpu.*MODEL\.DEVICE cuda, or MODEL\.BACKEND torch"):
+    with pytest.raises(
+        MissingDependencyError, match=r"(?s)a GPU: .*MODEL\.DEVICE.*cpu.*MODEL\.BACKEND torch"
+    ):
         make_backend()
     backend = make_backend(model := TinyModel(), ON_ERROR="torch")
     backend.prepare()
@@ -136,14 +137,6 @@ def test_model_on_the_cpu_is_refused_with_what_to_change(tmp_path):
     assert backend.describe()["backend"].startswith("torch (fallback: MODEL.BACKEND 'tensorrt' runs on an")
     with pytest.raises(MissingDependencyError):
         backend.entry(backend.options.shapes)
-
-
-def test_missing_tensorrt_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(TensorRTBackend, "_require", lambda self: compat.tensorrt())
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    compat.tensorrt.cache_clear()
-    with pytest.raises(MissingDependencyError, match="pip install tensorrt"):
-        make_backend()
 
 
 def test_wrong_key_is_an_error_even_with_a_fallback(workshop):
