@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import threading
 import time
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,8 +35,11 @@ from .errors import (
 from .logging import follow_detectron2, get_logger
 from .options import TensorRTOptions
 from .run_record import RunRecord
-from .sample_images import SampleImages, verified_batches
+from .sample_images import SampleImages, images_to_compare
 from .shape_range import ShapeRange
+
+if TYPE_CHECKING:
+    from mask2former.evaluation.ahead import ImagesAhead
 
 logger = get_logger(__name__)
 
@@ -57,6 +61,10 @@ class _Loaded:
         return {**self.about, "cuda_graphs": None if graphs is None else graphs.describe()}
 
 
+# Images that are read ahead to trace and compare with, at most.
+MAX_EXAMPLES = 8
+# Images (3, H, W) to trace and compare with, a batch of them, or what reads them; None for drawn scenes.
+_Images = Iterable[Tensor] | Callable[[], Iterable[Tensor]] | None
 # A padded range and the GPU that runs it.
 _Where = tuple[ShapeRange, torch.device]
 
@@ -106,13 +114,48 @@ class TensorRTBackend:
             self._unavailable = error
             self._say_fallback(error)
 
-    def prepare(self) -> None:
+    def prepare(self, ahead: ImagesAhead | None = None) -> None:
         """Build or load the engine of the configured range, so that the first image does not wait for it.
 
-        With STATIC there is nothing to do before an image tells its size, unless SHAPES has only one.
+        With STATIC it is the engines of the sizes that come most often, as many as are kept in memory. Where no images are
+        known ahead, there is nothing to do before one tells its size, unless SHAPES has only one.
+
+        Args:
+            ahead: the images that are to come; some of them are traced and compared with.
         """
-        if self._unavailable is None and (not self.options.static or self.options.shapes.is_static):
-            self._engine(self.options.shapes, None)
+        if self._unavailable is not None:
+            return
+        shapes, verify = self.options.shapes, self.options.verify
+        examples = None
+        if ahead is not None:
+            count = min(shapes.opt[0] + verify.sizes * verify.images, MAX_EXAMPLES)
+            examples = functools.cache(
+                lambda: ahead.examples(count)
+            )  # read where there is something to build
+        if not self.options.static or shapes.is_static:
+            self._engine(shapes, examples)
+        elif ahead is not None:
+            for wanted in self._static_ranges(ahead):
+                self._engine(wanted, examples)
+
+    def _static_ranges(self, ahead: ImagesAhead) -> list[ShapeRange]:
+        """With STATIC, the ranges of the images to come that come most often."""
+        sizes = ahead.sizes(max(self._model.size_divisibility, 1))
+        if sizes is None:
+            logger.warning(
+                "MODEL.TENSORRT.STATIC: the data set's records do not tell the sizes of its images. Engines are built as "
+                "sizes come, within the images' timing"
+            )
+            return []
+        served = [size for size, _ in sizes.most_common() if self.options.shapes.contains(*size)]
+        if len(served) > MAX_LOADED:
+            logger.warning(
+                "MODEL.TENSORRT.STATIC: the images come in %d batches and padded sizes. Engines of the %d most frequent are "
+                "built now, others as they come, within the images' timing",
+                len(served),
+                MAX_LOADED,
+            )
+        return [self.options.engine_range(*size) for size in served[:MAX_LOADED]]
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Run the network.
@@ -232,7 +275,7 @@ class TensorRTBackend:
 
     # Which engine
 
-    def _engine(self, shapes: ShapeRange, images: Tensor | None) -> Engine | None:
+    def _engine(self, shapes: ShapeRange, images: _Images) -> Engine | None:
         """The engine of a range, loaded or built; None where PyTorch is to run instead."""
         where = (shapes, self._model.device)
         loaded = None if self._stale else self._loaded.get(where)
@@ -244,7 +287,7 @@ class TensorRTBackend:
         loaded.used = next(self._clock)
         return loaded.engine
 
-    def _find_or_load(self, where: _Where, images: Tensor | None) -> _Loaded | None:
+    def _find_or_load(self, where: _Where, images: _Images) -> _Loaded | None:
         self._refresh()
         if where in self._loaded:
             return self._loaded[where]
@@ -301,7 +344,7 @@ class TensorRTBackend:
 
     # Loading and building
 
-    def _load(self, shapes: ShapeRange, images: Tensor | None) -> _Loaded:
+    def _load(self, shapes: ShapeRange, images: _Images) -> _Loaded:
         """An engine in memory, from the cache or built. What the cache has and TensorRT refuses is built again."""
         started = time.perf_counter()
         entry, engine = self._get_entry(shapes, images, self._cache)
@@ -344,7 +387,7 @@ class TensorRTBackend:
         return self._repairs
 
     def _get_entry(
-        self, shapes: ShapeRange, images: Tensor | None, cache: EngineCache
+        self, shapes: ShapeRange, images: _Images, cache: EngineCache
     ) -> tuple[CacheEntry, Engine | None]:
         """A range's entry; with it the engine, where it was built and checked just now. Under the lock."""
         identity = self._identity()
@@ -362,7 +405,7 @@ class TensorRTBackend:
         return entry, made[0] if made and entry.built else None
 
     def _build(
-        self, shapes: ShapeRange, spec: BuildSpec, identity: dict[str, Any], images: Tensor | None
+        self, shapes: ShapeRange, spec: BuildSpec, identity: dict[str, Any], images: _Images
     ) -> tuple[BuiltEngine, Engine]:
         options = self.options
         logger.info("Building the TensorRT engine for %s; this takes minutes, once", shapes.describe())
@@ -370,7 +413,7 @@ class TensorRTBackend:
             self._cache.directory, **identity, writable=options.timing_cache and options.cache.writable
         )
         use_timings = options.timing_cache and options.cache.mode != "off"
-        samples = SampleImages(self._model.device, images)
+        samples = SampleImages(self._model.device, images() if callable(images) else images)
         try:
             # What the caller computes in is not what the network is traced in.
             autocast = torch.autocast(self._model.device.type, enabled=False)
@@ -383,10 +426,12 @@ class TensorRTBackend:
                 numbers = {}
                 if options.verify.enabled:
                     step = max(self._model.size_divisibility, 1)
-                    batches = verified_batches(shapes, step, options.verify.sizes, options.verify.images)
-                    numbers = parity.verify(
-                        engine, self._model.core, map(samples.take, batches), options.verify
+                    batches = images_to_compare(
+                        samples, shapes, step, options.verify.sizes, options.verify.images
                     )
+                    numbers = parity.verify(engine, self._model.core, batches, options.verify)
+                    numbers |= {"given_images": samples.given, "drawn_scenes": samples.drawn}
+                    logger.info("Compared with PyTorch on %s", samples.describe())
         except torch.cuda.OutOfMemoryError as error:
             raise GPUMemoryError(
                 f"the GPU's memory does not suffice to build and check the engine ({first_line(error)})."

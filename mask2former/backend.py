@@ -9,6 +9,7 @@ from detectron2.utils.registry import Registry
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from .evaluation.ahead import ImagesAhead
     from .maskformer_model import MaskFormer
 
 
@@ -22,9 +23,10 @@ Backends by the name that MODEL.BACKEND gives. An entry is called as `entry(mode
 
     __call__(images: (B, 3, H, W) float32) -> (pred_logits (B, Q, K + 1), pred_masks (B, Q, H/4, W/4))
 
-with images padded but not normalised, on the model's device; `prepare()`, which does ahead of time whatever the first call
-would have to do; and `describe()`, a JSON-serialisable dict of what has run the network so far, under "backend" in a word or
-two, and under "images", where several may run them, how many each did.
+with images padded but not normalised, on the model's device; `prepare(ahead=None)`, which does ahead of time whatever the
+first call would have to do, where an evaluation tells by an ImagesAhead which images it is going to run; and `describe()`,
+a JSON-serialisable dict of what has run the network so far, under "backend" in a word or two, and under "images", where
+several may run them, how many each did.
 
 An entry with an attribute `check` has it called as `check(cfg)` to see whether the config asks for what cannot be: it raises
 BackendError or ValueError. One with an attribute `settle` has it called as `settle(cfg)` before a model is built from a
@@ -92,7 +94,7 @@ class TorchBackend:
     def __init__(self, model: MaskFormer, cfg=None):
         self._model = model
 
-    def prepare(self) -> None:
+    def prepare(self, ahead: ImagesAhead | None = None) -> None:
         """Nothing is left to do."""
 
     def describe(self) -> dict:
