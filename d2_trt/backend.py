@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import threading
 import time
@@ -19,7 +18,8 @@ from torch import Tensor
 from mask2former.backend import name_runners
 
 from . import builder, cache_key, compat, parity, plugin, requirements
-from .build_failure import is_about_memory, memory_hint
+from .ahead import examples_of, static_ranges
+from .build_failure import explained, is_memory_error, memory_error
 from .build_spec import BuildSpec, check_precision, default_fp32_modules
 from .cache import BuiltEngine, CacheEntry, EngineCache
 from .cache_timing import TimingCache
@@ -61,8 +61,6 @@ class _Loaded:
         return {**self.about, "cuda_graphs": None if graphs is None else graphs.describe()}
 
 
-# Images that are read ahead to trace and compare with, at most.
-MAX_EXAMPLES = 8
 # Images (3, H, W) to trace and compare with, a batch of them, or what reads them; None for drawn scenes.
 _Images = Iterable[Tensor] | Callable[[], Iterable[Tensor]] | None
 # A padded range and the GPU that runs it.
@@ -125,37 +123,14 @@ class TensorRTBackend:
         """
         if self._unavailable is not None:
             return
-        shapes, verify = self.options.shapes, self.options.verify
-        examples = None
-        if ahead is not None:
-            count = min(shapes.opt[0] + verify.sizes * verify.images, MAX_EXAMPLES)
-            examples = functools.cache(
-                lambda: ahead.examples(count)
-            )  # read where there is something to build
-        if not self.options.static or shapes.is_static:
-            self._engine(shapes, examples)
-        elif ahead is not None:
-            for wanted in self._static_ranges(ahead):
-                self._engine(wanted, examples)
-
-    def _static_ranges(self, ahead: ImagesAhead) -> list[ShapeRange]:
-        """With STATIC, the ranges of the images to come that come most often."""
-        sizes = ahead.sizes(max(self._model.size_divisibility, 1))
-        if sizes is None:
-            logger.warning(
-                "MODEL.TENSORRT.STATIC: the data set's records do not tell the sizes of its images. Engines are built as "
-                "sizes come, within the images' timing"
-            )
-            return []
-        served = [size for size, _ in sizes.most_common() if self.options.shapes.contains(*size)]
-        if len(served) > MAX_LOADED:
-            logger.warning(
-                "MODEL.TENSORRT.STATIC: the images come in %d batches and padded sizes. Engines of the %d most frequent are "
-                "built now, others as they come, within the images' timing",
-                len(served),
-                MAX_LOADED,
-            )
-        return [self.options.engine_range(*size) for size in served[:MAX_LOADED]]
+        shapes = self.options.shapes
+        examples = None if ahead is None else examples_of(ahead, self.options)
+        ranges = [shapes]
+        if self.options.static and not shapes.is_static:
+            divisibility = self._model.size_divisibility
+            ranges = [] if ahead is None else static_ranges(ahead, self.options, divisibility, MAX_LOADED)
+        for wanted in ranges:
+            self._engine(wanted, examples)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Run the network.
@@ -248,31 +223,6 @@ class TensorRTBackend:
         self._say_fallback(failure, about=("run", type(failure)))
         return None
 
-    def _failure(self, error: Exception, doing: str, shapes: ShapeRange) -> Exception:
-        """What to tell of an error.
-
-        Returns:
-            a D2TRTError: itself, without its traceback, which holds tensors; or GPUMemoryError in the place of PyTorch's
-            own. Where ON_ERROR is "raise", an error that this project does not know is returned as it is.
-        """
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            return GPUMemoryError(
-                f"the GPU's memory does not suffice to {doing} the engine ({first_line(error)})."
-                + self._memory_hint(shapes)
-            )
-        if isinstance(error, D2TRTError):
-            return error if self.options.on_error != "torch" else type(error)(*error.args)
-        if self.options.on_error != "torch":
-            return error
-        logger.debug("ON_ERROR torch hides this", exc_info=error)
-        return BuildError(
-            f"TensorRT could not {doing} the engine ({type(error).__name__}: {first_line(error)})"
-        )
-
-    def _memory_hint(self, shapes: ShapeRange) -> str:
-        spec = BuildSpec(shapes.min, shapes.opt, shapes.max, workspace_bytes=self.options.workspace_bytes)
-        return " " + memory_hint(spec, self._model.device).strip()
-
     # Which engine
 
     def _engine(self, shapes: ShapeRange, images: _Images) -> Engine | None:
@@ -296,13 +246,12 @@ class TensorRTBackend:
                 loaded = self._load(where[0], images)
             except Exception as error:
                 failure = self._failure(error, "build or load", where[0])
-                falls_back = self.options.on_error == "torch"
-                # Kept, since minutes of building would end the same way. Memory may be there when it is asked for again.
-                if falls_back or (
-                    isinstance(failure, D2TRTError) and not isinstance(failure, GPUMemoryError)
-                ):
-                    self._failures[where] = type(failure)(*failure.args)
-                if not falls_back:
+                if self.options.on_error == "torch":
+                    self._failures[where] = failure
+                else:
+                    # Minutes of building would end the same way. Memory may be there when it is asked for again.
+                    if isinstance(failure, D2TRTError) and not isinstance(failure, GPUMemoryError):
+                        self._failures[where] = type(failure)(*failure.args)
                     if failure is error:
                         raise
                     raise failure from error
@@ -335,6 +284,16 @@ class TensorRTBackend:
 
     def _require(self) -> None:
         requirements.require(self._model.device, builds=self.options.cache.mode != "require")
+
+    def _failure(self, error: Exception, doing: str, shapes: ShapeRange) -> Exception:
+        """The error as build_failure.explained has it; without a fallback as it is, but for PyTorch's about memory."""
+        if self.options.on_error != "torch" and not isinstance(error, torch.cuda.OutOfMemoryError):
+            return error
+        return explained(error, doing, self._limits(shapes), self._model.device)
+
+    def _limits(self, shapes: ShapeRange) -> BuildSpec:
+        """What decides how much memory an engine takes."""
+        return BuildSpec(shapes.min, shapes.opt, shapes.max, workspace_bytes=self.options.workspace_bytes)
 
     def _say_fallback(self, error: Exception, about: Hashable = None) -> None:
         self._record.warn_once(
@@ -433,10 +392,7 @@ class TensorRTBackend:
                     numbers |= {"given_images": samples.given, "drawn_scenes": samples.drawn}
                     logger.info("Compared with PyTorch on %s", samples.describe())
         except torch.cuda.OutOfMemoryError as error:
-            raise GPUMemoryError(
-                f"the GPU's memory does not suffice to build and check the engine ({first_line(error)})."
-                + self._memory_hint(shapes)
-            ) from error
+            raise memory_error(error, "build and check", self._limits(shapes), self._model.device) from error
         return BuiltEngine(plan, report=dataclasses.asdict(report), parity=numbers), engine
 
     def _make_engine(self, plan: bytes, shapes: ShapeRange) -> Engine:
@@ -455,12 +411,9 @@ class TensorRTBackend:
         try:
             return Engine(plan, self._model.device, options.max_cuda_graphs if options.cuda_graphs else 0)
         except (BuildError, torch.cuda.OutOfMemoryError) as error:
-            if not _is_memory_error(error):
+            if not is_memory_error(error):
                 raise
-            said = first_line(error) if not isinstance(error, BuildError) else " ".join(str(error).split())
-            raise GPUMemoryError(
-                f"the GPU's memory does not suffice to load the engine ({said}).{self._memory_hint(shapes)}"
-            ) from error
+            raise memory_error(error, "load", self._limits(shapes), self._model.device) from error
 
     def _spec(self, shapes: ShapeRange, capability: tuple[int, int]) -> BuildSpec:
         options = self.options
@@ -521,15 +474,6 @@ def _notice_for(backend: TensorRTBackend):
             backend.weights_changed()
 
     return notice
-
-
-def _is_memory_error(error: Exception) -> bool:
-    """Whether an engine did not load for want of memory, which TensorRT tells in its messages, and by no context."""
-    return (
-        isinstance(error, (torch.cuda.OutOfMemoryError, GPUMemoryError))
-        or is_about_memory(str(error))
-        or "no execution context" in str(error)
-    )
 
 
 def _on(device: torch.device):

@@ -72,19 +72,19 @@ def trt_logger(hear: Callable[[str], None] | None = None):
     return Bridge()
 
 
-def start(kind: Callable, log):
-    """A trt.Builder or trt.Runtime.
+@contextlib.contextmanager
+def starting(log):
+    """Around the making of a trt.Builder or trt.Runtime.
 
     Args:
-        kind: which of them.
-        log: of trt_logger.
+        log: of trt_logger, which it is made with.
 
     Raises:
         MissingDependencyError: TensorRT cannot use the GPU.
         GPUMemoryError: the GPU has no memory for it.
     """
     try:
-        return kind(log)
+        yield
     except TypeError as error:  # how the bindings say that TensorRT made none
         said = "; ".join(log.errors[-3:]) or first_line(error)
         trt = compat.tensorrt()
@@ -199,7 +199,8 @@ def _build(
     trt = compat.tensorrt()
     doing = progress.Progress()
     log = trt_logger(doing.hear)
-    builder = start(trt.Builder, log)
+    with starting(log):
+        builder = trt.Builder(log)
     if spec.precision == "fp16" and not getattr(builder, "platform_has_fast_fp16", True):
         logger.warning(
             "MODEL.TENSORRT.PRECISION is 'fp16', in which this GPU is no faster than in float32: fp32 is as fast, and exact"
@@ -282,7 +283,9 @@ def combine_timing_caches(old: bytes, new: bytes) -> bytes:
     trt = compat.tensorrt()
     if not compat.timing_caches_combine():
         raise BuildError(f"TensorRT {trt.__version__} may crash when it combines timing caches")
-    config = start(trt.Builder, trt_logger()).create_builder_config()
+    log = trt_logger()
+    with starting(log):
+        config = trt.Builder(log).create_builder_config()
     try:
         caches = [config.create_timing_cache(timings) for timings in (new, old)]
         combined = None not in caches and caches[0].combine(caches[1], ignore_mismatch=False)

@@ -280,6 +280,6 @@ def test_tensorrt_that_does_not_start_says_why(trt, monkeypatch):  # noqa: F811
     said = "CUDA initialization failure with error: 2 (out of memory)"
     with pytest.raises(GPUMemoryError, match=r"no memory left for TensorRT .* Free some"):
         builder.build_engine(TinyModel(), spec, images(1, 64, 64))
-    monkeypatch.setattr(trt, "Runtime", Builder)
-    with pytest.raises(GPUMemoryError, match="no memory left"):
-        builder.start(trt.Runtime, builder.trt_logger())
+    log = builder.trt_logger()
+    with pytest.raises(GPUMemoryError, match="no memory left"), builder.starting(log):
+        Builder(log)
