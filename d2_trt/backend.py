@@ -30,6 +30,7 @@ from .errors import (
     EngineShapeError,
     GPUMemoryError,
     MissingDependencyError,
+    OptionsError,
     first_line,
 )
 from .logging import follow_detectron2, get_logger
@@ -244,6 +245,8 @@ class TensorRTBackend:
         if where not in self._failures:
             try:
                 loaded = self._load(where[0], images)
+            except OptionsError:
+                raise  # a mistake in the config is one with a fallback, too
             except Exception as error:
                 failure = self._failure(error, "build or load", where[0])
                 if self.options.on_error == "torch":

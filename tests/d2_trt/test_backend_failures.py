@@ -144,6 +144,10 @@ def test_wrong_key_is_an_error_even_with_a_fallback(workshop):
     cfg.MODEL.TENSORRT.PRECISION = "fp8"
     with pytest.raises(OptionsError, match=r"MODEL\.TENSORRT\.PRECISION is 'fp8'"):
         TensorRTBackend(TinyModel(), cfg)
+    workshop.fail = OptionsError("MODEL.TENSORRT.FP32_MODULES")  # what only the model tells
+    for _ in range(2):
+        with pytest.raises(OptionsError):
+            make_backend(ON_ERROR="torch").prepare()
 
 
 # Every failure of loading, building and running

@@ -114,6 +114,7 @@ def test_frozen_config_stays_frozen(monkeypatch):
     assert cfg.is_frozen() and cfg.MODEL.DEVICE == "cpu"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for PyTorch without a GPU")
 def test_device_is_left_alone_where_pytorch_is_asked_for(monkeypatch):
     machine(monkeypatch)
     cfg = mini_cfg("resnet50-mini", (*FALL_BACK, *ON_CUDA))
