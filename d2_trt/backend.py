@@ -20,7 +20,7 @@ from mask2former.backend import name_runners
 from . import builder, cache_key, compat, parity, plugin, requirements
 from .ahead import examples_of, static_ranges
 from .build_failure import explained, is_memory_error, memory_error
-from .build_spec import BuildSpec, check_precision, default_fp32_modules
+from .build_spec import BuildSpec, check_fp32_modules, check_precision, default_fp32_modules
 from .cache import BuiltEngine, CacheEntry, EngineCache
 from .cache_timing import TimingCache
 from .engine import Engine
@@ -447,6 +447,7 @@ class TensorRTBackend:
     def _ingredients(self, shapes: ShapeRange, spec: BuildSpec, identity: dict[str, Any]) -> dict[str, Any]:
         import detectron2
 
+        check_fp32_modules(self.options.fp32_modules, self._model)
         here = Path(__file__).parent
         config = cache_key.graph_config(self._cfg)
         if config["META_ARCHITECTURE"] == "TensorRTMaskFormer":
@@ -458,9 +459,13 @@ class TensorRTBackend:
             shapes=shapes,
             versions={
                 "d2_trt": cache_key.source_digest(here),
-                "mask2former": cache_key.source_digest(here.parent / "mask2former" / "modeling"),
+                "mask2former": cache_key.source_digest(
+                    here.parent / "mask2former", cache_key.NETWORK_SOURCES
+                ),
+                "model": cache_key.model_sources(self._model),
                 "detectron2": detectron2.__version__,
                 "torch": torch.__version__,
+                "torch2trt": cache_key.package_version("torch2trt"),
             },
             plugins=plugin.identities({n: getattr(spec, n.lower()) for n in plugin.OPTIONS}),
             **identity,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from . import compat
-from .errors import MissingDependencyError
+from .errors import MissingDependencyError, OptionsError
 
 # Kept in float32 at lower precisions, as patterns over module names ("=" in front: without the modules below).
 DEFAULT_FP32_MODULES = (
@@ -68,6 +70,29 @@ def pattern_covers(pattern: str, name: str) -> bool:
     if pattern.startswith("="):
         return fnmatch.fnmatchcase(name, pattern[1:])
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + ".*")
+
+
+def check_fp32_modules(patterns: Sequence[str], model: nn.Module) -> None:
+    """See that every entry of MODEL.TENSORRT.FP32_MODULES covers a module, before minutes are spent on an engine without it.
+
+    "default" and the built-in patterns are for all models, and need not cover any of this one.
+
+    Raises:
+        OptionsError: one covers none; the message names modules that are spelled alike.
+    """
+    known = {"default", *DEFAULT_FP32_MODULES, *FP32_MODULES_WITH_ATTENTION}
+    # The model itself, "", has operations of its own too.
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for pattern in patterns:
+        if pattern in known or any(pattern_covers(pattern, name) for name in names):
+            continue
+        near = difflib.get_close_matches(pattern.removeprefix("=").removeprefix("model."), names, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise OptionsError(
+            f"MODEL.TENSORRT.FP32_MODULES has {pattern!r}, which is no module of the model; {hint}allowed: 'default', and "
+            "names as in model.named_modules(), with the wildcards * ? [] and '=' in front for a module without those below "
+            "it."
+        )
 
 
 def precision_policy(spec: BuildSpec) -> Callable[[str], torch.dtype]:

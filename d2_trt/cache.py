@@ -16,7 +16,7 @@ from .cache_entry import BuiltEngine, CacheEntry, EntryInfo, make_sidecar
 from .cache_key import canonical, digest
 from .cache_store import EngineStore
 from .errors import CacheError
-from .logging import get_logger
+from .logging import get_logger, shown_on_stderr
 
 __all__ = ["MODES", "BuiltEngine", "CacheEntry", "EngineCache", "EntryInfo"]
 
@@ -31,9 +31,10 @@ class EngineCache:
 
     An entry is KEY.engine and KEY.json: what the key was made from, sha256 and size of the engine, when and where it
     was built, build report, parity numbers, and a checksum of all this. Both are written under temporary names, synced
-    and renamed, under the key's lock. Whatever is damaged, or made from something else than its name says, is a miss
-    and is built again. Over the size limit, entries go least recently used first, but none that a living process has
-    loaded: keep the EngineCache as long as its engines.
+    and renamed, under the key's lock: a process that is killed on the way leaves the entry that was there or the new
+    one, whole. Whatever is damaged, or made from something else than its name says, is a miss and is built again. Over
+    the size limit, entries go least recently used first, but none that a living process has loaded: keep the EngineCache
+    as long as its engines.
 
     What fails on the disk costs the caching, never the engine: a warning says so, and get_or_build returns an entry
     without a path.
@@ -96,11 +97,15 @@ class EngineCache:
             return self._build(key, ingredients, build)
 
         with contextlib.ExitStack() as stack:
+            stack.enter_context(shown_on_stderr())
             try:
                 held = stack.enter_context(self._store.key_lock(key, on_wait=self._say_waiting))
             except OSError as error:
                 self._warn_uncached(error)
                 return self._build(key, ingredients, build)
+            if held:
+                with contextlib.suppress(OSError):  # it can be read as it is
+                    self._store.finish(key)
             # While this one waited, another may have built it; with "rebuild", built it again.
             now, problem = self._store.read(key)
             if now is not None and not (anew and found is not None and now.sidecar == found.sidecar):
@@ -179,11 +184,14 @@ class EngineCache:
     def _build(
         self, key: str, ingredients: Mapping[str, Any], build: Callable[[], BuiltEngine]
     ) -> CacheEntry:
-        if self.mode != "off":
-            nearest = self._nearest(ingredients)
-            logger.info("No cached engine fits%s", f": the nearest differs in {nearest}" if nearest else "")
-        started = time.monotonic()
-        built = build()
+        with shown_on_stderr():
+            if self.mode != "off":
+                nearest = self._nearest(ingredients)
+                logger.info(
+                    "No cached engine fits%s", f": the nearest differs in {nearest}" if nearest else ""
+                )
+            started = time.monotonic()
+            built = build()
         sidecar = make_sidecar(key, ingredients, built, time.monotonic() - started)
         return CacheEntry(key, built.data, sidecar, path=None, built=True)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
+import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,6 +58,12 @@ _NOT_GRAPH = {
     "ROI_MASK_HEAD",
     "RPN",
 }
+
+# What of the package mask2former decides the network from images to logits. Post-processing, data and evaluation do not.
+NETWORK_SOURCES = ("modeling", "maskformer_model.py", "kernels.py")
+
+# Packages whose versions are ingredients by themselves.
+_VERSIONED = {"builtins", "d2_trt", "detectron2", "mask2former", "torch"}
 
 # Tensors waiting to be hashed are host copies when the model is on a GPU.
 _PENDING_BYTES = 256 * 2**20
@@ -118,13 +127,54 @@ def _bytes_of(name: str, tensor):
     return flat.view(torch.uint8).cpu().numpy()
 
 
-def source_digest(package: str | Path) -> str:
-    """sha256 of a package folder's Python files: tells builds by edited converters apart, whatever the version says."""
+def source_digest(package: str | Path, parts: Sequence[str] = (".",)) -> str:
+    """sha256 of a package's Python files: tells builds by edited converters apart, whatever the version says.
+
+    Args:
+        package: its folder.
+        parts: files of it, and folders with all below them.
+
+    Raises:
+        CacheError: a part is missing, or holds no Python files.
+    """
     root = Path(package)
-    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    if not files:
-        raise CacheError(f"{root} holds no Python files, so its version cannot be told.")
-    return digest([[name, hashlib.sha256((root / name).read_bytes()).hexdigest()] for name in files])
+    files: set[str] = set()
+    for part in parts:
+        path = root / part
+        found = path.rglob("*.py") if path.is_dir() else [path] if path.is_file() else []
+        names = {file.relative_to(root).as_posix() for file in found}
+        if not names:
+            raise CacheError(f"{path} holds no Python files, so its version cannot be told.")
+        files |= names
+    return digest([[name, hashlib.sha256((root / name).read_bytes()).hexdigest()] for name in sorted(files)])
+
+
+def model_sources(model: nn.Module) -> str:
+    """sha256 of the files that define the model's classes: an edited backbone of the user's own is another network.
+
+    Those of packages that are ingredients by their versions are left out, and so is what was typed into an interpreter.
+    """
+    classes = {cls for kind in {type(module) for module in model.modules()} for cls in kind.__mro__}
+    names = {cls.__module__ for cls in classes if cls.__module__.partition(".")[0] not in _VERSIONED}
+    paths = {getattr(sys.modules.get(name), "__file__", None) for name in names}
+    files = [Path(path) for path in paths if path and Path(path).is_file()]
+    return digest(sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
+
+
+def package_version(name: str) -> str:
+    """Version of a package with sha256 of its Python files, which an installation from git may change under the same
+    version; "not installed" where it is not. The package is not imported."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # a module without a file, such as a test's double
+        spec = None
+    if spec is None or spec.origin is None:
+        return "not installed"
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        version = "?"
+    return f"{version} {source_digest(Path(spec.origin).parent)}"
 
 
 def key_ingredients(

@@ -10,8 +10,9 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from .cache_entry import CacheEntry, Damaged, EntryInfo, parse_sidecar
 from .cache_files import (
@@ -100,18 +101,25 @@ class EngineStore:
         for _ in range(3):
             before = self._stamp(key)
             try:
-                return self._read_once(key, hold), ""
+                return self._read_once(key, self.sidecar_path(key), hold), ""
             except FileNotFoundError:
                 # An engine alone is an entry that is being written, or one that never was.
                 problem = "the engine's file is missing" if before[1] is not None else ""
             except (Damaged, OSError) as error:
                 problem = str(error)
+            for sidecar in self._waiting_sidecars(key) if before[0] is not None else ():
+                with contextlib.suppress(Damaged, OSError):
+                    return self._read_once(key, sidecar, hold), ""
             if before == self._stamp(key):  # else it was replaced or removed meanwhile: look again
                 break
         return None, problem
 
-    def _read_once(self, key: str, hold: bool) -> CacheEntry:
-        sidecar = parse_sidecar(self.sidecar_path(key).read_bytes(), key)
+    def _waiting_sidecars(self, key: str) -> list[Path]:
+        """Sidecars under temporary names: of an entry whose engine is in its place already, or of one half written."""
+        return sorted(self.directory.glob(f".{key}.json.*{TEMPORARY}"))
+
+    def _read_once(self, key: str, sidecar_path: Path, hold: bool) -> CacheEntry:
+        sidecar = parse_sidecar(sidecar_path.read_bytes(), key)
         with open(self.engine_path(key), "rb") as file:
             with contextlib.suppress(OSError):  # about to be removed, or no locks here: still readable
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -171,18 +179,13 @@ class EngineStore:
                 stats[path] = path.stat()
         if not stats:
             return None
-        content, problem = None, ""
-        try:
-            content = parse_sidecar(sidecar.read_bytes(), key)
-            expected = content["engine"]["size"]
-            if engine not in stats:
-                problem = "the engine's file is missing"
-            elif stats[engine].st_size != expected:
-                problem = f"the engine's file has {stats[engine].st_size:,} bytes instead of {expected:,}"
-        except FileNotFoundError:
-            problem = "the sidecar is missing"
-        except (Damaged, OSError) as error:
-            problem = str(error)
+        engine_size = stats[engine].st_size if engine in stats else None
+        content, problem = _check_sidecar(sidecar, key, engine_size)
+        if problem and engine_size is not None:
+            for waiting in self._waiting_sidecars(key):  # as read() takes them
+                other, wrong = _check_sidecar(waiting, key, engine_size)
+                if not wrong:
+                    content, problem = other, ""
         last_used = (stats.get(sidecar) or stats[engine]).st_mtime_ns / 1e9
         size = sum(stat.st_size for stat in stats.values())
         return EntryInfo(key, size, last_used, content, problem, self.is_in_use(key))
@@ -191,6 +194,9 @@ class EngineStore:
 
     def write(self, entry: CacheEntry) -> CacheEntry:
         """Put an entry on the disk. The caller holds its lock.
+
+        Of two names only one can change at a time. Who dies between the renames leaves the new engine in its place and
+        the new sidecar under a temporary name, both whole: read() takes them, and finish() does what is left.
 
         Raises:
             OSError: nothing was written; its filename says where it failed.
@@ -231,8 +237,35 @@ class EngineStore:
             path.unlink(missing_ok=True)
         sync_folder(self.directory)
 
+    def finish(self, key: str) -> None:
+        """Rename what an interrupted write() left to rename. The caller holds the entry's lock.
+
+        Raises:
+            OSError: it cannot be renamed.
+        """
+        waiting = self._waiting_sidecars(key)
+        if not waiting or not self.engine_path(key).exists() or self._fits(key, self.sidecar_path(key)):
+            return
+        for sidecar in waiting:
+            if self._fits(key, sidecar):
+                os.replace(sidecar, self.sidecar_path(key))
+                sync_folder(self.directory)
+                return
+
+    def _fits(self, key: str, sidecar: Path) -> bool:
+        try:
+            self._read_once(key, sidecar, hold=False)
+        except (Damaged, OSError):
+            return False
+        return True
+
     def remove_temporary(self, key: str | None) -> int:
-        """Remove what interrupted writes left of an entry, or of timing caches (None); the caller holds the lock."""
+        """Remove what interrupted writes left of an entry, or of timing caches (None); the caller holds the lock.
+
+        What makes an entry whole is kept: see finish().
+        """
+        if key is not None:
+            self.finish(key)
         found = 0
         for name in os.listdir(self.directory):
             match = _TEMPORARY_FILE.fullmatch(name)
@@ -319,6 +352,22 @@ class EngineStore:
             yield
         finally:
             lock.release()
+
+
+def _check_sidecar(path: Path, key: str, engine_size: int | None) -> tuple[Mapping[str, Any] | None, str]:
+    """A sidecar's content, and what is wrong with it beside an engine's file of this size (None: there is none)."""
+    try:
+        content = parse_sidecar(path.read_bytes(), key)
+    except FileNotFoundError:
+        return None, "the sidecar is missing"
+    except (Damaged, OSError) as error:
+        return None, str(error)
+    expected = content["engine"]["size"]
+    if engine_size is None:
+        return content, "the engine's file is missing"
+    if engine_size != expected:
+        return content, f"the engine's file has {engine_size:,} bytes instead of {expected:,}"
+    return content, ""
 
 
 def _close_all(descriptors: dict[str, int]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 
 from mask2former.config import add_missing
+from mask2former.config_merge import CHECKS, explain_merges
 
-# A number written with a decimal point needs one in an override too: yacs does not take 4 for 4.0.
 _DEFAULTS = {
     "MODEL": {
         # What runs the network: "torch", or "tensorrt" for this plugin.
@@ -18,7 +18,8 @@ _DEFAULTS = {
             # Modules that compute in float32 in an fp16 or bf16 engine, with all that is below them: names as in
             # model.named_modules(), with the wildcards * ? [] of fnmatch; "=name" is a module's own operations without
             # those of the modules below it. "default" stands for the built-in list, which protects accuracy: add to
-            # it, ["default", "backbone.res5"], rather than replace it. tools/precision_search.py finds what a model needs.
+            # it, ["default", "backbone.res5"], rather than replace it. What covers no module of the model is an error.
+            # tools/precision_search.py finds what a model needs.
             "FP32_MODULES": ["default"],
             # Padded image sizes that one engine serves, as three strings "HxW": smallest, the one to be fastest
             # at, largest. One string: that size alone. []: derived from INPUT.MIN_SIZE_TEST, INPUT.MAX_SIZE_TEST
@@ -101,4 +102,14 @@ def add_tensorrt_config(cfg: CfgNode) -> None:
     Raises:
         TypeError: a value stands where a group of keys (such as MODEL.TENSORRT) belongs.
     """
+    explain_merges(cfg)
     add_missing(cfg, _DEFAULTS)
+
+
+def _check(key: str, value) -> None:
+    from .options import check_value
+
+    check_value(key, value)
+
+
+CHECKS["MODEL.TENSORRT"] = _check

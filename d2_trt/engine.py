@@ -10,6 +10,7 @@ from . import compat
 from .builder import INPUT, OUTPUTS, starting, trt_logger
 from .cuda_graphs import CapturedRun, GraphCache
 from .errors import BuildError, EngineShapeError
+from .streams import PrivateStreams
 
 
 class Engine:
@@ -42,6 +43,7 @@ class Engine:
             self._engine = self._runtime.deserialize_cuda_engine(plan)
             if self._engine is None:
                 raise BuildError("the engine does not load:\n  " + "\n  ".join(self._log.errors[-3:]))
+            self._auxiliary = PrivateStreams(self.device, self._engine.num_aux_streams)
             if max_graphs:
                 # Recording wants a stream that nobody else uses. PyTorch's streams come from a pool and repeat; few
                 # programs take those of high priority.
@@ -62,6 +64,7 @@ class Engine:
     def __del__(self):
         if getattr(self, "_last", None) is not None:
             self._wait()  # the last caller may let go of the engine while the GPU still runs it
+        self.graphs = self._context = None  # before the streams that they work on
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         """Whether images of shape (B, 3, H, W) lie in the engine's range."""
@@ -151,6 +154,8 @@ class Engine:
     def _checked(self, context):
         if context is None:  # how TensorRT says that its memory does not suffice
             raise BuildError("the engine has no execution context:\n  " + "\n  ".join(self._log.errors[-3:]))
+        if self._auxiliary.handles:  # one run at a time: all contexts have the same
+            context.set_aux_streams(self._auxiliary.handles)
         return context
 
     def _wait(self) -> None:

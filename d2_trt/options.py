@@ -12,6 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from detectron2.config import CfgNode, get_cfg
+
+from mask2former.config import add_missing
+from mask2former.config_merge import plain
+
 from .cache import MODES as CACHE_MODES
 from .config import _DEFAULTS
 from .errors import OptionsError
@@ -184,6 +189,28 @@ class TensorRTOptions:
         return value
 
 
+def check_value(key: str, value) -> None:
+    """Check one value by itself, with all others at their defaults.
+
+    Args:
+        key: "MODEL.TENSORRT." and the rest.
+
+    Raises:
+        OptionsError: as TensorRTOptions.from_cfg.
+    """
+    cfg = get_cfg()
+    add_missing(cfg, _DEFAULTS)
+    cfg.MODEL.TENSORRT.CACHE.DIR = os.curdir  # the default needs a home folder
+    *groups, name = key.split(".")
+    node = cfg
+    for group in groups:
+        node = node.setdefault(group, CfgNode())
+        if not isinstance(node, Mapping):
+            return
+    node[name] = value
+    TensorRTOptions.from_cfg(cfg, size_divisibility=1)
+
+
 def _shapes(cfg, reader: _Reader, divisibility: int | None) -> ShapeRange:
     most = reader.integer("MAX_BATCH_SIZE", 0, note="0 stands for TEST.BATCH_SIZE") or _test_batch_size(cfg)
     usual = reader.integer(
@@ -297,7 +324,7 @@ class _Reader:
                 near = difflib.get_close_matches(str(key), defaults, n=1)
                 hint = f"did you mean {near[0]}? " if near else ""
                 raise OptionsError(
-                    f"{prefix}.{key} is no option of the TensorRT backend (its value is {node[key]!r}); {hint}"
+                    f"{prefix}.{key} is no option of the TensorRT backend (its value is {plain(node[key])!r}); {hint}"
                     f"allowed: {', '.join(sorted(defaults))}."
                 )
 
@@ -323,7 +350,7 @@ class _Reader:
         return _Reader(node, self._defaults[key], f"{self._prefix}.{key}")
 
     def _fail(self, key: str, allowed: str):
-        raise OptionsError(f"{self._prefix}.{key} is {self._node[key]!r}; allowed: {allowed}.")
+        raise OptionsError(f"{self._prefix}.{key} is {plain(self._node[key])!r}; allowed: {allowed}.")
 
     def choice(self, key: str, choices: Sequence[str]) -> str:
         value = self.value(key)

@@ -9,6 +9,8 @@ from pathlib import Path
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
+from .config_merge import CHECKS, explain_merges
+
 _DEFAULTS = {
     "INPUT": {
         # train_net.py's mapper: mask_former_{semantic,instance,panoptic} or coco_{instance,panoptic}_lsj.
@@ -128,7 +130,8 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     """Add the keys of Mask2Former to a detectron2 config, in place.
 
     Keys that are already there keep their values, so a second call, or one after other projects added
-    some of the same keys, resets nothing.
+    some of the same keys, resets nothing. From then on merges say what is allowed where they fail, and take 4 for 4.0:
+    see ExplainingCfgNode.
 
     Raises:
         TypeError: a value stands where a group of keys (such as MODEL.SWIN) belongs.
@@ -136,7 +139,19 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     Names and defaults: the official release. Ours: MODEL.BACKEND, TEST.BATCH_SIZE, TEST.EVALUATION_THREADS and, below
     MODEL.MASK_FORMER.TEST, BOXES_FROM_MASKS, INSTANCE_FORMAT and SEMANTIC_FORMAT.
     """
+    explain_merges(cfg)
     add_missing(cfg, _DEFAULTS)
+
+
+def _check_backend(key: str, value) -> None:
+    from .backend import BACKEND_REGISTRY
+
+    if key == "MODEL.BACKEND" and not isinstance(value, str):
+        known = ", ".join(repr(name) for name, _ in BACKEND_REGISTRY)
+        raise ValueError(f"MODEL.BACKEND is {value!r}; allowed: {known}.")
+
+
+CHECKS["MODEL.BACKEND"] = _check_backend
 
 
 def add_missing(node: CfgNode, defaults: Mapping, prefix: str = "") -> None:
@@ -198,10 +213,10 @@ def _merge(merge, source, what: str) -> None:
     try:
         merge(source)
     except (KeyError, ValueError, AssertionError) as error:
-        # yacs says which key but not where it was read, and signals an unknown override by an AssertionError.
+        # They say which key but not where it was read.
         message = str(error.args[0]) if error.args else type(error).__name__
-        unknown_key = isinstance(error, KeyError) or message.startswith("Non-existent key")
-        raise (KeyError if unknown_key else ValueError)(f"{message} -- in {what}") from error
+        kind = KeyError if isinstance(error, KeyError) else ValueError
+        raise kind(f"{message.removesuffix('.')} -- in {what}") from error
 
 
 def _missing_file_message(config_file: str) -> str:

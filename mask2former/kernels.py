@@ -10,23 +10,31 @@ import torch
 from torch import Tensor
 
 MODULE = "mask2former._kernels"
+INTERFACE = 2  # of csrc/bindings.cpp: functions and arguments that go with this package
 BUILD_HINT = "`python setup.py build_ext --inplace`, with nvcc on the PATH, compiles them"
 
 
 class KernelsMissing(RuntimeError):
-    """The CUDA kernels are not built, or do not load."""
+    """The CUDA kernels are not built, do not load, or belong to another state of the package."""
 
 
 @functools.lru_cache(maxsize=1)
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module(MODULE), ""
+        module = importlib.import_module(MODULE)
     except ModuleNotFoundError as error:
         if error.name != MODULE:
             raise
         return None, "they are not built"
     except ImportError as error:
         return None, f"they do not load: {error}"
+    found = getattr(module, "INTERFACE", 1)
+    if found != INTERFACE:
+        return (
+            None,
+            f"they were built from another state of csrc/ (interface {found}, this package needs {INTERFACE})",
+        )
+    return module, ""
 
 
 def available() -> bool:

@@ -9,8 +9,8 @@
 The sidecar is shown anywhere; layers and times need TensorRT and the GPU that the engine was built for. Times are means of
 --runs runs with TensorRT's profiler, under which layers wait for each other: their sum is more than a run takes.
 
-Exit status: 0, shown; 1, the engine is damaged, or does not load or run; 2, the command could not be carried out; 130,
-stopped by Ctrl-C.
+Exit status: 0, shown; 1, the engine is damaged, or does not load or run; 2, the command could not be carried out, or
+nothing tells that the file is an engine; 130, stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -129,15 +129,27 @@ def find(args: argparse.Namespace) -> Found:
 
 
 def read(path: Path) -> Found:
-    """An engine's file, checked with the sidecar beside it, if there is one."""
+    """An engine's file, checked with the sidecar beside it, if there is one. The sidecar may be named in its place.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    from engine_config import UsageError
+
     from d2_trt.cache_entry import Damaged, parse_sidecar
 
+    if path.suffix == ".json" and _is_sidecar(path):
+        path = path.with_suffix(".engine")
     found = Found(str(path), b"")
     try:
         found.data = path.read_bytes()
     except FileNotFoundError:  # a sidecar alone, which the cache lists
         found.problem = "the engine's file is missing"
     beside = path.with_suffix(".json")
+    if not found.problem and not _is_sidecar(beside) and (what := _other_than_engine(found.data)):
+        raise UsageError(
+            f"{path} is {what}, and no engine: name a file of engines, how a key of the cache begins, or --config-file"
+        )
     if not beside.is_file():
         return found
     content = beside.read_bytes()
@@ -149,6 +161,18 @@ def read(path: Path) -> Found:
     if not found.problem and hashlib.sha256(found.data).hexdigest() != found.sidecar["engine"]["sha256"]:
         found.problem = "the engine's file is damaged, or another's: it does not match the sidecar's sha256"
     return found
+
+
+def _is_sidecar(path: Path) -> bool:
+    """Whether a file is a sidecar, or was one before it was damaged."""
+    return path.is_file() and bool(_key(path.read_bytes()))
+
+
+def _other_than_engine(data: bytes) -> str:
+    """What a file is that is no engine; "" where it may be one. TensorRT's format is its own affair, but it is binary."""
+    if not data:
+        return "empty"
+    return "" if b"\0" in data[:65536] else "text"
 
 
 def _key(sidecar: bytes) -> str:
@@ -200,16 +224,26 @@ def look_inside(found: Found, device, args: argparse.Namespace) -> dict[str, Any
     """Open the engine, print its tensors and layers and, with --profile, times; what was printed, for --json.
 
     Raises:
+        UsageError: it does not load, and nothing else says that it is an engine.
         BuildError: the engine does not load, or TensorRT does not tell what is in it.
         EngineShapeError: it does not take what --profile and --batch ask for.
     """
+    from engine_config import UsageError
+
     from d2_trt.errors import BuildError
     from d2_trt.profiler import EngineProbe
     from d2_trt.report import group as group_times
     from d2_trt.report import module_group, parse, summarize, time_layers
     from d2_trt.sample_images import SampleImages
 
-    probe = EngineProbe(found.data, device)
+    try:
+        probe = EngineProbe(found.data, device)
+    except BuildError as error:
+        if found.sidecar is None:
+            raise UsageError(
+                f"{found.name} is no engine, or one of another TensorRT or GPU, and no sidecar beside it tells: {error}"
+            ) from error
+        raise
     tensors = probe.tensors()
     shape = (args.batch, 3, *args.profile) if args.profile else None
     if shape is None and probe.is_ours:
@@ -264,6 +298,11 @@ def run(args: argparse.Namespace) -> int:
         except MissingDependencyError as error:
             if args.profile or args.csv or args.layers:
                 raise UsageError(f"layers and times cannot be shown: {error}") from error
+            if found.sidecar is None:
+                raise UsageError(
+                    f"nothing is known of {found.name}, not even whether it is an engine: no sidecar is beside it, and its "
+                    f"layers cannot be shown ({error})"
+                ) from error
             print(f"\nIts layers are not shown: {error}")
         except BuildError as error:
             print(f"inspect_engine.py: {error}", file=sys.stderr)

@@ -37,7 +37,7 @@ void open(int bytes, Device const& on) {
     open_shared(mlp_kernel<O, kBlocks, kQuads>, bytes, on, opened);
 }
 
-#if CUDART_VERSION >= 11080
+#if CUDART_VERSION >= 12010
 // A launch of clusters. It refers to itself.
 struct ClusterLaunch {
     cudaLaunchAttribute attribute{};
@@ -63,7 +63,7 @@ struct ClusterLaunch {
 // knows none, and a part of a GPU may be too small for one.
 template <typename O>
 int ask_parts(Device const& on) {
-#if CUDART_VERSION >= 11080
+#if CUDART_VERSION >= 12010
     cudaFuncAttributes attributes{};
     auto* const kernel = mlp_kernel<O, 1, 0>;
     check_cuda(cudaFuncGetAttributes(&attributes, kernel), "mlp: attributes of the kernel");
@@ -97,7 +97,7 @@ void launch(MlpProblem const& p, Device const& on, cudaStream_t stream) {
     auto* const kernel = mlp_kernel<O, kBlocks, kQuads>;
     open<O, kBlocks, kQuads>(p.plan.bytes, on);
     unsigned const grid = count(std::int64_t{p.plan.tiles} * p.plan.parts);
-#if CUDART_VERSION >= 11080
+#if CUDART_VERSION >= 12010
     if (p.plan.parts > 1) {
         ClusterLaunch const clusters(grid, p.plan.parts, p.plan.bytes, stream);
         check_cuda(cudaLaunchKernelEx(&clusters.config, kernel, p), "mlp");

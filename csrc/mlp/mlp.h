@@ -6,7 +6,7 @@
 //
 // Rows are few and weights are many: what takes the time is to bring the weights to the multiprocessors. Sixteen to sixty-four
 // rows are the work of a cluster of up to eight blocks, each of which reads its part of every layer's weights and nothing
-// else, and exchanges activations with the others through distributed shared memory. GPUs without clusters have one block in
+// else, and exchanges activations (a single layer's: statistics of rows) with the others through distributed shared memory. GPUs without clusters have one block in
 // a cluster's place: right, and slower (mlp_cuda.pays says when an engine does better with TensorRT's own layers).
 #pragma once
 

@@ -4,8 +4,8 @@
 //
 // Each part of a cluster makes its share of the columns, and keeps them: a LayerNorm needs no more of the others than mean
 // and squares of their columns, which they send. What the kernel reads is asked for at its beginning, as far as there are
-// registers. After the product a row is the work of eight lanes or more, and of 16 rows that of four warps: the fewer warps,
-// the fewer instructions.
+// registers. After the product a row is the work of as many lanes as its columns need, four columns each and eight lanes at
+// least, and up to 32 columns 16 rows are that of four warps: the fewer warps, the fewer instructions.
 #pragma once
 
 #include "mlp/kernel.cuh"

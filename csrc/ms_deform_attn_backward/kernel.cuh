@@ -34,7 +34,7 @@ struct MsDeformAttnBackwardProblem {
 #ifndef D2_TRT_EMULATED
 __device__ __forceinline__ void add_at(float* to, float x) { atomicAdd(to, x); }
 __device__ __forceinline__ void add_at(float4* to, float4 x) {
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
     atomicAdd(to, x);
 #else
     float* const at = reinterpret_cast<float*>(to);

@@ -213,7 +213,7 @@ MOMENTS = {
     "engine written": ("fsync", "True", 0, None, 0),
     "sidecar written": ("fsync", "True", 1, None, 0),
     "before the renames": ("replace", "True", 0, None, 0),
-    "between the renames": ("replace", "True", 1, None, None),
+    "between the renames": ("replace", "True", 1, 5, 5),
     "after the renames": ("fsync", "True", 2, 5, 5),
 }
 
@@ -258,6 +258,36 @@ EngineCache(folder, sys.argv[3]).get_or_build(ingredients(), Builder(5))
     cache.prune()
     assert files(cache) == files_of(*map(key_of, range(3)))
     assert [e.problem for e in cache.verify()] == ["", "", ""]
+
+
+@pytest.mark.parametrize("mode", ["read", "require", "readwrite"])
+def test_kill_between_the_renames_leaves_an_engine_to_everyone(folder, start, caplog, mode):
+    put(EngineCache(folder), 0)
+    process = start("""
+real, calls = os.replace, []
+def stopping(*args):
+    calls.append(args)
+    if len(calls) == 2:
+        say("stopped")
+        time.sleep(60)
+    return real(*args)
+os.replace = stopping
+EngineCache(folder, "rebuild").get_or_build(ingredients(), Builder(5, 5000))
+""")
+    expect(process, "stopped")
+    process.kill()
+    process.wait(10)
+
+    cache, build = EngineCache(folder, mode), Builder(7)
+    assert [(e.problem, e.sidecar["engine"]["size"]) for e in cache.list()] == [("", 5000)]
+    assert [e.problem for e in cache.verify()] == [""]
+    assert bytes(cache.get_or_build(ingredients(), build).data) == engine(5, 5000)
+    assert build.calls == len(warnings(caplog)) == 0
+    cache.close()
+    cache = EngineCache(folder)
+    assert cache.prune() == []
+    assert files(cache) == files_of(KEY)
+    assert bytes(cache.load(KEY).data) == engine(5, 5000)
 
 
 def test_engine_that_another_process_uses_is_not_dropped(folder, start):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
-from d2_trt import builder, compat, cuda_graphs
+from d2_trt import builder, compat, cuda_graphs, streams
 from d2_trt.build_spec import BuildSpec
 from d2_trt.cuda_graphs import RUNS_TO_REPLACE, CapturedRun, GraphCache
 from d2_trt.engine import Engine
@@ -18,9 +21,11 @@ from d2_trt.errors import BuildError
 from tests.d2_trt.backend_helpers import make_backend, workshop  # noqa: F401
 from tests.doubles.cuda import cuda_double as cuda  # noqa: F401
 from tests.doubles.fixtures import trt_double as trt  # noqa: F401
+from tests.doubles.runtime import FakeContext, FakeEngine
 from tests.golden import mini_model, relative_error
 
 CPU = torch.device("cpu")
+REPO = Path(__file__).resolve().parents[2]
 SHAPES = [(1, 3, 8, 8), (2, 3, 8, 16), (1, 3, 16, 8), (2, 3, 32, 32)]
 
 
@@ -129,6 +134,58 @@ def test_engine_replays_with_right_results_at_every_shape(trt, cuda):  # noqa: F
             run(engine, shape, seed=round_)
     assert cuda.captured == 3
     assert engine.graphs.describe()["replays"] == 9
+
+
+def test_contexts_have_auxiliary_streams_of_the_engines_own(trt, cuda, monkeypatch):  # noqa: F811
+    """TensorRT's own would block the legacy stream while a graph is recorded."""
+    made, gone = itertools.count(100), []
+
+    class Driver:
+        @staticmethod
+        def cuStreamCreate(handle, flags):
+            assert flags == 1  # non-blocking
+            handle._obj.value = next(made)
+            return 0
+
+        @staticmethod
+        def cuStreamDestroy_v2(handle):
+            gone.append(handle.value)
+
+    contexts = []
+    make_context, make_engine = FakeContext.__init__, FakeEngine.__init__
+
+    def context(self, *args, **kwargs):
+        make_context(self, *args, **kwargs)
+        contexts.append(self)
+
+    def with_two_streams(self, *args, **kwargs):
+        make_engine(self, *args, **kwargs)
+        self._values["num_aux_streams"] = 2
+
+    monkeypatch.setattr(FakeContext, "__init__", context)
+    monkeypatch.setattr(FakeEngine, "__init__", with_two_streams)
+    monkeypatch.setattr(streams, "_driver", lambda: Driver)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 30))
+    engine = Engine(make_plan(trt), CPU, max_graphs=2)
+    for shape in SHAPES[:2] * 2:
+        run(engine, shape)
+    assert len(contexts) == 3 and all(context._aux_streams == [100, 101] for context in contexts)
+    contexts.clear()
+    del engine
+    gc.collect()
+    assert gone == [100, 101]
+
+
+def test_stream_that_the_driver_refuses_is_an_error(trt, cuda, monkeypatch):  # noqa: F811
+    class Driver:
+        @staticmethod
+        def cuStreamCreate(handle, flags):
+            return 2
+
+    monkeypatch.setattr(streams, "_driver", lambda: Driver)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 30))
+    with pytest.raises(BuildError, match=r"made no stream .* error 2"):
+        streams.PrivateStreams(CPU, 1)
 
 
 def test_replays_give_tensors_that_the_caller_owns(trt, cuda):  # noqa: F811
@@ -304,6 +361,45 @@ def test_gpu_threads_capture_and_replay_on_their_own_streams(gpu_engine):
         list(pool.map(work, range(len(inputs))))
     assert not wrong
     assert not engine.graphs.failure and engine.graphs.describe()["captures"] >= 2
+
+
+MEANWHILE = """
+import sys, threading
+import torch
+from d2_trt.engine import Engine
+
+engine = Engine(open(sys.argv[1], "rb").read(), torch.device("cuda"), max_graphs=16)
+over = threading.Event()
+
+def free():
+    while not over.is_set():
+        torch.empty(1 << 12, device="cuda")
+
+threads = [threading.Thread(target=free) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for n in range(6):
+    images = torch.rand(1, 3, 64, 64 + 32 * n, device="cuda")
+    for _ in range(3):
+        engine(images)
+torch.cuda.synchronize()
+over.set()
+for thread in threads:
+    thread.join()
+print(engine.graphs.describe()["captures"], engine.graphs.failure or "no failure")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+def test_gpu_other_threads_free_tensors_of_the_legacy_stream_meanwhile(gpu_engine, tmp_path):
+    """In a process of its own: a destructor's error is the end of one."""
+    plan, _ = gpu_engine
+    (tmp_path / "plan").write_bytes(plan)
+    command = [sys.executable, "-c", MEANWHILE, str(tmp_path / "plan")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[-2] == "6 no failure"
 
 
 @pytest.mark.gpu

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from detectron2.utils import logger as detectron2_logger
 
-from d2_trt.logging import follow_detectron2, get_logger, setup_logger
+from d2_trt import progress
+from d2_trt.logging import follow_detectron2, get_logger, setup_logger, shown_on_stderr
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,3 +111,154 @@ def test_nothing_to_follow():
     with root_handlers():
         assert not follow_detectron2()
     assert get_logger().propagate
+
+
+# A build with progress, by an application that has set up logging in one way or another.
+BUILD = """
+import logging, sys, time
+import torch
+from d2_trt import progress
+from d2_trt.cache import EngineCache
+from tests.d2_trt.cache_helpers import Builder, ingredients
+
+progress.LOG_EVERY = 0.1
+MIDDLE = ""
+
+def work():
+    time.sleep(0.25)
+    exec(MIDDLE)
+    time.sleep(0.2)
+    logging.getLogger("d2_trt.tensorrt").debug("a detail")
+    return Builder(0)()
+
+def build():
+    logging.getLogger("d2_trt.backend").info("Building the engine")
+    return progress.run(work, progress.Progress(), torch.device("cpu"))
+
+{setup}
+ours = logging.getLogger("d2_trt")
+before = (list(ours.handlers), ours.level)
+EngineCache(sys.argv[1], "{mode}").get_or_build(ingredients(), build)
+if "{setup}".startswith("#"):
+    assert (ours.handlers, ours.level) == before == ([], logging.NOTSET)
+EngineCache(sys.argv[1]).get_or_build(ingredients(), Builder(0))
+"""
+TO_STDOUT = "logging.StreamHandler(sys.stdout)"
+
+
+def program_of(setup: str, mode: str = "readwrite") -> str:
+    return BUILD.replace("{setup}", setup).replace("{mode}", mode)
+
+
+def build_in_a_process(tmp_path, setup: str) -> tuple[list[str], list[str]]:
+    """Lines on stdout and stderr."""
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program_of(setup), str(tmp_path / "engines")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines(), process.stderr.splitlines()
+
+
+@pytest.fixture
+def build_here(tmp_path, capsys, monkeypatch):
+    """As build_in_a_process, without the seconds that a process takes to start."""
+    monkeypatch.setattr(sys, "argv", ["build", str(tmp_path / "engines")])
+    monkeypatch.setattr(progress, "LOG_EVERY", progress.LOG_EVERY)
+    level = logging.getLogger().level
+
+    def build(setup: str, mode: str = "readwrite") -> tuple[list[str], list[str]]:
+        with root_handlers():
+            exec(program_of(setup, mode), {"__name__": "build"})
+        captured = capsys.readouterr()
+        return captured.out.splitlines(), captured.err.splitlines()
+
+    yield build
+    logging.disable(logging.NOTSET)
+    logging.getLogger().setLevel(level)
+
+
+def check_shown_once(lines: list[str]) -> None:
+    assert sum("Building the engine" in line for line in lines) == 1
+    assert sum("TensorRT builds: 0 s so far" in line for line in lines) >= 3
+
+
+def check_shown_on_stderr(out: list[str], err: list[str]) -> None:
+    check_shown_once(err)
+    assert out == []
+    assert not any("a detail" in line for line in err)
+    assert not any("Using the cached engine" in line for line in err)  # no work of minutes
+
+
+def test_build_is_shown_where_nobody_has_set_up_logging(tmp_path):
+    check_shown_on_stderr(*build_in_a_process(tmp_path, "# nothing"))
+
+
+@pytest.mark.parametrize("mode", ["read", "rebuild", "off"])
+def test_build_is_shown_in_every_mode_of_the_cache(build_here, mode):
+    check_shown_on_stderr(*build_here("# nothing", mode))
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        f"logging.basicConfig(level=logging.INFO, handlers=[{TO_STDOUT}])",
+        "from detectron2.utils.logger import setup_logger; setup_logger(color=False)",
+    ],
+)
+def test_build_is_shown_once_where_logging_is_set_up(tmp_path, setup):
+    out, err = build_in_a_process(tmp_path, setup)
+    check_shown_once(out)
+    assert err == []
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        f"logging.getLogger('d2_trt').addHandler({TO_STDOUT}); logging.getLogger('d2_trt').setLevel('INFO')",
+        "from d2_trt.logging import setup_logger; setup_logger(color=False)",
+    ],
+)
+def test_build_is_shown_once_where_only_our_logging_is_set_up(build_here, setup):
+    out, err = build_here(setup)
+    check_shown_once(out)
+    assert err == []
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        "logging.basicConfig()",
+        "logging.getLogger('d2_trt').addHandler(logging.NullHandler())",
+        "logging.getLogger('d2_trt').setLevel(logging.WARNING)",
+        "logging.getLogger().setLevel(logging.ERROR)",
+        "logging.disable(logging.INFO)",
+        "from d2_trt.logging import setup_logger; setup_logger(distributed_rank=1)",
+        "from detectron2.utils.logger import setup_logger; setup_logger(distributed_rank=1)",
+    ],
+)
+def test_build_is_silent_where_the_application_wants_it(build_here, setup):
+    assert build_here(setup) == ([], [])
+
+
+def test_logging_that_is_set_up_during_a_build_takes_over(tmp_path):
+    out, err = build_in_a_process(
+        tmp_path, f"MIDDLE = 'logging.basicConfig(level=logging.INFO, handlers=[{TO_STDOUT}])'"
+    )
+    check_shown_once([*out, *err])
+    assert "so far" in err[-1] and "so far" in out[0]
+
+
+def test_builds_at_the_same_time_share_the_handler(capsys):
+    with root_handlers():
+        with shown_on_stderr(), shown_on_stderr():
+            get_logger("builder").info("both")
+        get_logger("builder").info("neither")
+        with shown_on_stderr():
+            get_logger("builder").info("one")
+            assert len(get_logger().handlers) == 1
+    assert get_logger().handlers == []
+    assert [line.partition("] ")[2] for line in capsys.readouterr().err.splitlines()] == ["both", "one"]

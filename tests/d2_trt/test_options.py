@@ -13,7 +13,7 @@ from d2_trt.config import add_tensorrt_config
 from d2_trt.errors import D2TRTError, EngineShapeError, OptionsError
 from d2_trt.options import VERIFY_DEFAULTS, CacheOptions, TensorRTOptions, default_cache_dir
 from d2_trt.shape_range import ShapeRange
-from mask2former.config import add_maskformer2_config
+from mask2former.config import add_maskformer2_config, get_mask2former_cfg
 
 RANGE = ShapeRange((1, 256, 256), (1, 800, 1088), (1, 1344, 1344))
 
@@ -287,6 +287,66 @@ def test_misspelt_key_is_told(cfg):
         OptionsError, match=r"MODEL\.TENSORRT\.CACHE\.FOLDER is no option .*allowed: DIR, MAX_GB, MODE"
     ):
         options(cfg, CACHE__FOLDER="x")
+
+
+MERGES = [
+    (
+        "PRECISON",
+        "fp32",
+        "PRECISON is no option of the TensorRT backend (its value is 'fp32'); did you mean PRECISION?",
+    ),
+    (
+        "CACHE.PATH",
+        "x",
+        "CACHE.PATH is no option of the TensorRT backend (its value is 'x'); allowed: DIR, MAX_GB, MODE",
+    ),
+    (
+        "VERFY.SIZES",
+        "3",
+        "VERFY is no option of the TensorRT backend (its value is {'SIZES': 3}); did you mean VERIFY?",
+    ),
+    ("STATIC", "1", "STATIC is 1; allowed: True or False"),
+    ("SHAPES", "800x1088", "SHAPES is '800x1088'; allowed: [], one 'HxW', or three"),
+    ("WORKSPACE", "4G", "WORKSPACE is '4G'; allowed: a number of at least 0"),
+    ("PRECISION", "16", "PRECISION is 16; allowed: 'fp32', 'tf32', 'fp16', 'bf16'"),
+    ("OPT_LEVEL", "3.0", "OPT_LEVEL is 3.0; allowed: a whole number from 0 to 5"),
+    ("FP32_MODULES", "backbone", "FP32_MODULES is 'backbone'; allowed: a list of module names or patterns"),
+    ("CACHE", "0", "CACHE is 0; allowed: a group of the keys DIR, MODE, MAX_GB"),
+    ("CACHE.DIR", "7", "CACHE.DIR is 7; allowed: a path, or ''"),
+]
+
+
+@pytest.mark.parametrize("way", ["plain list", "plain file", "helper"])
+@pytest.mark.parametrize(("key", "word", "message"), MERGES, ids=[f"{k}={w}" for k, w, _ in MERGES])
+def test_merge_of_a_wrong_key_or_type_says_what_is_allowed(cfg, tmp_path, way, key, word, message):
+    full = T_ + key
+    with pytest.raises((KeyError, ValueError)) as error:
+        if way == "helper":
+            get_mask2former_cfg(None, [full, word])
+        elif way == "plain list":
+            cfg.merge_from_list([full, word])
+        else:
+            *groups, name = full.split(".")
+            text = "".join(f"{'  ' * i}{group}:\n" for i, group in enumerate(groups))
+            (tmp_path / "file.yaml").write_text(f"{text}{'  ' * len(groups)}{name}: {word}\nVERSION: 2\n")
+            cfg.merge_from_file(str(tmp_path / "file.yaml"))
+    assert error.value.args[0].startswith(T_ + message)
+
+
+def test_numbers_without_a_decimal_point_are_taken(cfg, tmp_path):
+    cfg.merge_from_list([T_ + "WORKSPACE", "4", T_ + "CACHE.MAX_GB", ".inf", T_ + "STATIC", "true"])
+    read = TensorRTOptions.from_cfg(cfg)
+    assert (read.workspace_bytes, read.cache.max_bytes, read.static) == (4 * 2**30, math.inf, True)
+    (tmp_path / "file.yaml").write_text("MODEL:\n  TENSORRT:\n    WORKSPACE: 2\nVERSION: 2\n")
+    cfg.merge_from_file(str(tmp_path / "file.yaml"))
+    assert TensorRTOptions.from_cfg(cfg).workspace_bytes == 2 * 2**30
+
+
+def test_merges_explain_without_mask2formers_keys():
+    cfg = get_cfg()
+    add_tensorrt_config(cfg)
+    with pytest.raises(ValueError, match="STATIC is 1; allowed: True or False"):
+        cfg.merge_from_list([T_ + "STATIC", 1])
 
 
 def test_missing_keys_say_what_adds_them(cfg):

@@ -120,7 +120,7 @@ def forget_version() -> None:
 def use_tensorrt(version: str):
     """`tensorrt` is the double of that version inside; modules that hold on to an earlier one are forgotten."""
     module = fake_module(version)
-    held = {n: m for n, m in sys.modules.items() if n.split(".")[0] in ("tensorrt", "torch2trt")}
+    held = {n: m for n, m in list(sys.modules.items()) if n.split(".")[0] in ("tensorrt", "torch2trt")}
     for name in held:
         del sys.modules[name]
     sys.modules["tensorrt"] = module
@@ -128,7 +128,7 @@ def use_tensorrt(version: str):
     try:
         yield module
     finally:
-        for name in [n for n in sys.modules if n.split(".")[0] in ("tensorrt", "torch2trt")]:
+        for name in [n for n in list(sys.modules) if n.split(".")[0] in ("tensorrt", "torch2trt")]:
             del sys.modules[name]
         sys.modules.update(held)
         forget_version()

@@ -58,13 +58,10 @@ class FakeTensor(ApiObject):
 
     @property
     def dtype(self):
-        if (
-            self._producer is not None
-            and self._producer._only_moves
-            and not self._network._strong
-            and self._producer._is_float(self._kept_dtype)
-        ):
-            return self._api.trt.float32  # what TensorRT 8.6.0 says, whatever was moved
+        weak = not self._network._strong
+        if self._producer is not None and weak and self._producer._is_float(self._kept_dtype):
+            # What TensorRT 8.6.0 says of inner tensors, whatever their layers were told.
+            return self._api.trt.float32
         return self._kept_dtype
 
     @property

@@ -200,6 +200,7 @@ class FakeContext(ApiObject):
         super().__init__(api)
         self._engine, self._shapes, self._addresses = engine, {}, {}
         self._without_memory = without_memory
+        self._aux_streams: list[int] = []
         for tensor in engine._network._inputs:
             if -1 not in tensor._declared[1]:
                 self._shapes[tensor.name] = tensor._declared[1]
@@ -216,6 +217,10 @@ class FakeContext(ApiObject):
 
     def set_device_memory(self, memory, size):
         self._values["device_memory"] = memory if size >= self._engine._values["device_memory_size"] else 0
+
+    def set_aux_streams(self, aux_streams):
+        assert len(aux_streams) <= self._engine._values["num_aux_streams"]
+        self._aux_streams = list(aux_streams)
 
     @property
     def all_binding_shapes_specified(self) -> bool:

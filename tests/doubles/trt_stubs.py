@@ -152,7 +152,9 @@ def import_bindings(version: str) -> types.ModuleType:
         for name in LIBRARIES_BY_MAJOR.get(major, LIBRARIES):
             # A library that is loaded under this SONAME is not searched for again.
             ctypes.CDLL(str(stubs / f"lib{name}.so.{major}"), mode=ctypes.RTLD_LOCAL)
-        ours = [name for name in sys.modules if name.split(".")[0] in ("tensorrt_bindings", "tensorrt_libs")]
+        ours = [
+            name for name in list(sys.modules) if name.split(".")[0] in ("tensorrt_bindings", "tensorrt_libs")
+        ]
         others = {name: sys.modules.pop(name) for name in ours}
         sys.path.insert(0, str(folder))
         try:
@@ -161,7 +163,9 @@ def import_bindings(version: str) -> types.ModuleType:
             module = importlib.import_module("tensorrt_bindings")
         finally:
             sys.path.remove(str(folder))
-            for name in [n for n in sys.modules if n.split(".")[0] in ("tensorrt_bindings", "tensorrt_libs")]:
+            for name in [
+                n for n in list(sys.modules) if n.split(".")[0] in ("tensorrt_bindings", "tensorrt_libs")
+            ]:
                 del sys.modules[name]
             sys.modules.update(others)
         if module.__version__ != version:

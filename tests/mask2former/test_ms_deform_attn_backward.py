@@ -129,6 +129,9 @@ def test_locations_outside_and_at_the_edges(run):
     # At a pixel's centre the slope is another to the left than to the right, and roundings decide between them.
     for a, e in zip((actual[0], actual[2]), (expected[0], expected[2])):
         assert error(a, e) < 2e-5
+    assert torch.isfinite(actual[1]).all()
+    far = (inputs[1].abs() >= 40).any(-1)
+    assert far.any() and (actual[1][far] == 0).all() and (actual[1][~far] != 0).any()
 
 
 def test_location_that_is_no_number_is_outside(run):
@@ -194,7 +197,18 @@ def test_operator_follows_pytorchs_rules():
 
 
 @on_gpu
-def test_who_asks_for_determinism_is_told(monkeypatch):
+def test_wrong_arguments_are_refused_before_the_launch():
+    inputs = random_inputs(PYRAMIDS["two levels"], device="cuda")
+    sizes = [side for shape in PYRAMIDS["two levels"] for side in shape]
+    operator = torch.ops.mask2former.ms_deform_attn_backward
+    with pytest.raises(ValueError, match=r"grad is \(2, 141, 3\)"):
+        operator(torch.zeros(2, 141, 3, device="cuda"), *inputs, sizes)
+    with pytest.raises(ValueError, match="sampling_offsets is"):
+        operator(torch.zeros(2, 141, 16, device="cuda"), *inputs, [*sizes, 0, 0])
+
+
+@on_gpu
+def test_who_asks_for_determinism_is_told():
     shapes = PYRAMIDS["two levels"]
     inputs = [t.requires_grad_() for t in random_inputs(shapes, device="cuda")]
     out = ms_deform_attn_cuda.ms_deform_attn(*inputs, shapes)

@@ -205,7 +205,8 @@ def test_ctrl_c_keeps_what_was_finished(shop, run, capsys, monkeypatch, tmp_path
         (["--precision", "fp16"], ["MODEL.TENSORRT.PRECISION", "fp32"], "PRECISION is given twice"),
         ([], ["MODEL.WEIGHTS", "x"], "MODEL.WEIGHTS is given twice"),
         ([], ["MODEL.TENSORRT.PRECISION", "fp7"], "PRECISION is 'fp7'; allowed: 'fp32'"),
-        ([], ["MODEL.TENSORRT.PRECISON", "fp32"], "Non-existent key"),
+        ([], ["MODEL.TENSORRT.PRECISON", "fp32"], "did you mean PRECISION?"),
+        ([], ["MODEL.TENSORRT.STATIC", "1"], "MODEL.TENSORRT.STATIC is 1; allowed: True or False"),
         ([], ["MODEL.TENSORRT.OPT_LEVEL"], "KEY VALUE pairs"),
     ],
 )

@@ -136,11 +136,38 @@ def test_entry_without_its_engine(cache, capsys):
     assert "PROBLEM: the engine's file is missing" in out and "8.6.0" in out
 
 
-def test_file_alone_says_that_nothing_is_known(cache, capsys, tmp_path):
+def test_file_alone_needs_a_gpu(cache, capsys, tmp_path):
     shutil.copy(engine_file(cache, 1), tmp_path / "alone.plan")
-    assert TOOL.main([str(tmp_path / "alone.plan")]) == 0
+    assert TOOL.main([str(tmp_path / "alone.plan")]) == 2
+    captured = capsys.readouterr()
+    assert "no sidecar is beside it" in captured.out
+    assert "not even whether it is an engine" in captured.err and "sees no NVIDIA GPU" in captured.err
+
+
+@pytest.mark.parametrize("beside", [None, "[1, 2]", '{"name": "notes"}'], ids=["alone", "list", "dict"])
+@pytest.mark.parametrize(("content", "what"), [("Buy milk. \u00fc\n", "is text"), ("", "is empty")])
+def test_file_that_is_no_engine_ends_with_status_2(capsys, tmp_path, monkeypatch, content, what, beside):
+    monkeypatch.setattr(TOOL, "find_device", lambda: pytest.fail("it was opened"))
+    file = tmp_path / "notes.txt"
+    file.write_text(content)
+    if beside is not None:
+        file.with_suffix(".json").write_text(beside)
+    assert TOOL.main([str(file)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"inspect_engine.py: {file} {what}, and no engine: name a file")
+    assert captured.out == ""
+
+
+def test_json_that_is_no_sidecar_is_no_engine(capsys, tmp_path):
+    (tmp_path / "package.json").write_text('{"name": "package"}')
+    assert TOOL.main([str(tmp_path / "package.json")]) == 2
+    assert "package.json is text, and no engine" in capsys.readouterr().err
+
+
+def test_sidecar_may_be_named_for_its_engine(cache, capsys):
+    assert TOOL.main([str(engine_file(cache, 1).with_suffix(".json"))]) == 0
     out = capsys.readouterr().out
-    assert "no sidecar is beside it" in out and "layers are not shown" in out
+    assert str(engine_file(cache, 1)) in out and "NVIDIA H200" in out
 
 
 @pytest.mark.parametrize(
@@ -316,10 +343,17 @@ def test_static_config_needs_a_size(double, tmp_path, capsys):
 
 
 def test_engine_that_tensorrt_refuses(double, tmp_path, capsys):
-    (tmp_path / "foreign.engine").write_bytes(b"of another TensorRT")
-    assert TOOL.main([str(tmp_path / "foreign.engine")]) == 1
+    (tmp_path / "foreign.engine").write_bytes(b"\0of another TensorRT")
+    assert TOOL.main([str(tmp_path / "foreign.engine")]) == 2
     captured = capsys.readouterr()
+    assert "is no engine, or one of another TensorRT" in captured.err
     assert "the engine does not load" in captured.err and "no sidecar is beside it" in captured.out
+
+
+def test_engine_with_a_sidecar_that_tensorrt_refuses(double, cache, capsys):
+    assert TOOL.main([str(engine_file(cache, 1))]) == 1
+    captured = capsys.readouterr()
+    assert "the engine does not load" in captured.err and "NVIDIA H200" in captured.out
 
 
 @pytest.mark.gpu

@@ -252,7 +252,7 @@ def test_several_gpus_with_device_cpu(run, available, monkeypatch):
 @pytest.mark.parametrize(
     "override, message",
     [
-        (("MODEL.FOO", "1"), "Non-existent key: MODEL.FOO"),
+        (("MODEL.FOO", "1"), "MODEL.FOO is no key of this config (its value is 1)"),
         (("MODEL.FOO",), "KEY VALUE"),
         (("TEST.BATCH_SIZE", "many"), "TEST.BATCH_SIZE"),
         (("MODEL.WEIGHTS", "no_such_file.pkl"), "MODEL.WEIGHTS no_such_file.pkl: there is no such file"),
@@ -330,7 +330,13 @@ TENSORRT = ("--eval-only", "--config-file", CONFIG, "MODEL.DEVICE", "cpu", "MODE
     "override, message",
     [
         (("PRECISION", "fp8"), "MODEL.TENSORRT.PRECISION is 'fp8'; allowed: 'fp32'"),
-        (("MAX_BATCH_SIZES", "2"), "Non-existent key: MODEL.TENSORRT.MAX_BATCH_SIZES"),
+        (
+            ("MAX_BATCH_SIZES", "2"),
+            "MODEL.TENSORRT.MAX_BATCH_SIZES is no option of the TensorRT backend (its value",
+        ),
+        (("PRECISON", "fp16"), "did you mean PRECISION? allowed: ATTENTION, "),
+        (("STATIC", "1"), "MODEL.TENSORRT.STATIC is 1; allowed: True or False"),
+        (("SHAPES", "800x1088"), "MODEL.TENSORRT.SHAPES is '800x1088'; allowed: [], one 'HxW', or three"),
         (("SHAPES", "['100x100']"), "MODEL.TENSORRT.SHAPES has '100x100'; allowed: heights and widths"),
     ],
 )

@@ -117,7 +117,13 @@ def _ms_deform_attn_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the inputs of _ms_deform_attn, in their dtypes; grad is that of its output."""
     inputs = (value, sampling_offsets, attention_logits)
+    _check(*inputs, level_sizes)
     batch, pixels, heads, dim = value.shape
+    if tuple(grad.shape) != (batch, pixels, heads * dim) or grad.device != value.device:
+        raise ValueError(
+            f"grad is {tuple(grad.shape)} on {grad.device}; value {tuple(value.shape)} on {value.device} needs "
+            f"{(batch, pixels, heads * dim)}"
+        )
     grad, *tensors = (_in_order(t.float()) for t in (grad, *inputs))
     # Of many queries, each adds to the value's.
     gradients = (torch.zeros_like(tensors[0]), *(torch.empty_like(t) for t in tensors[1:]))

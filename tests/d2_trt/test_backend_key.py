@@ -1,0 +1,104 @@
+"""What another engine is built for, and which entries of FP32_MODULES are refused."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import mask2former
+from d2_trt import cache_key
+from d2_trt.build_spec import DEFAULT_FP32_MODULES, check_fp32_modules
+from d2_trt.errors import OptionsError
+from tests.d2_trt.backend_helpers import TinyModel, make_backend, workshop  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("workshop")
+
+
+def key(model=None, **options) -> str:
+    backend = make_backend(model, **options)
+    return backend.entry(backend.options.shapes).key
+
+
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [
+        ("maskformer_model.py", True),
+        ("modeling/fused_ops.py", True),
+        ("modeling/backbone/swin.py", True),
+        ("postprocessing.py", False),
+        ("postprocessing_cuda.py", False),
+        ("evaluation/__init__.py", False),
+    ],
+)
+def test_edit_of_the_network_is_another_engine_and_of_the_rest_is_not(tmp_path, monkeypatch, file, counts):
+    copy = tmp_path / "mask2former"
+    shutil.copytree(
+        Path(mask2former.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__", "*.so")
+    )
+    real = cache_key.source_digest
+    monkeypatch.setattr(
+        cache_key,
+        "source_digest",
+        lambda package, *parts: real(copy if Path(package).name == "mask2former" else package, *parts),
+    )
+    before = key()
+    (copy / file).write_text((copy / file).read_text() + "\n# edited\n")
+    assert (key() != before) == counts
+
+
+def test_another_torch2trt_is_another_engine(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch2trt", raising=False)
+    keys = set()
+    for number in range(2):
+        folder = tmp_path / str(number) / "torch2trt"
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text(f"raise RuntimeError('imported')  # {number}\n")
+        monkeypatch.syspath_prepend(folder.parent)
+        importlib.invalidate_caches()
+        keys.add(key())
+    assert len(keys) == 2
+
+
+def test_missing_package_has_a_version_too():
+    assert cache_key.package_version("no_such_package") == "not installed"
+
+
+def test_edit_of_the_users_own_model_is_another_engine(tmp_path, monkeypatch):
+    source = "from tests.d2_trt.backend_helpers import TinyModel\nclass Own(TinyModel):\n    pass\n"
+    file = tmp_path / "users_own_model.py"
+    file.write_text(source)
+    spec = importlib.util.spec_from_file_location("users_own_model", file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "users_own_model", module)
+    spec.loader.exec_module(module)
+    before = key(module.Own())
+    assert key(module.Own()) == before
+    file.write_text(source + "    # edited\n")
+    assert key(module.Own()) != before
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_misspelt_module_is_told_before_the_build(workshop, precision):  # noqa: F811
+    backend = make_backend(PRECISION=precision, FP32_MODULES=["default", "bakbone"])
+    with pytest.raises(OptionsError) as error:
+        backend.prepare()
+    message = str(error.value)
+    assert message.startswith("MODEL.TENSORRT.FP32_MODULES has 'bakbone', which is no module of the model; ")
+    assert "did you mean 'backbone'?" in message
+    assert "allowed: 'default', and names as in model.named_modules()" in message
+    assert workshop.built == []
+
+
+@pytest.mark.parametrize(
+    "pattern", ["backbone", "=head", "=", "bac*", "h?ad", "default", *DEFAULT_FP32_MODULES]
+)
+def test_patterns_that_cover_a_module_and_built_in_ones_are_taken(pattern):
+    check_fp32_modules([pattern], TinyModel())
+
+
+@pytest.mark.parametrize("pattern", ["backbone.*", "=head.weight", "model.head", "[x]*"])
+def test_pattern_that_covers_no_module_is_refused(pattern):
+    with pytest.raises(OptionsError, match="is no module of the model"):
+        check_fp32_modules(["backbone", pattern], TinyModel())
