@@ -22,6 +22,24 @@ class _TensorRT:
         return TensorRTBackend(model, cfg)
 
     @staticmethod
+    def settle(cfg) -> None:
+        """See that a GPU, TensorRT and torch2trt are there; with ON_ERROR torch, move the model to the CPU without a GPU."""
+        import torch
+
+        from . import requirements
+        from .options import TensorRTOptions
+
+        options = TensorRTOptions.from_cfg(cfg)
+        if options.on_error != "torch":
+            requirements.require(cfg.MODEL.DEVICE, builds=options.cache.mode != "require")
+        elif cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+            frozen = cfg.is_frozen()
+            cfg.defrost()
+            cfg.MODEL.DEVICE = "cpu"
+            if frozen:
+                cfg.freeze()
+
+    @staticmethod
     def check(cfg) -> None:
         from .options import TensorRTOptions
 

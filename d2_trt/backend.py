@@ -8,23 +8,39 @@ import itertools
 import threading
 import time
 import weakref
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import builder, cache_key, compat, parity, plugin
+from mask2former.backend import name_runners
+
+from . import builder, cache_key, compat, parity, plugin, requirements
+from .ahead import examples_of, static_ranges
+from .build_failure import explained, is_memory_error, memory_error
 from .build_spec import BuildSpec, check_fp32_modules, check_precision, default_fp32_modules
 from .cache import BuiltEngine, CacheEntry, EngineCache
 from .cache_timing import TimingCache
 from .engine import Engine
-from .errors import BuildError, D2TRTError, EngineShapeError, MissingDependencyError, first_line
+from .errors import (
+    BuildError,
+    D2TRTError,
+    EngineShapeError,
+    GPUMemoryError,
+    MissingDependencyError,
+    OptionsError,
+    first_line,
+)
 from .logging import follow_detectron2, get_logger
 from .options import TensorRTOptions
 from .run_record import RunRecord
-from .sample_images import SampleImages, verified_batches
+from .sample_images import SampleImages, images_to_compare
 from .shape_range import ShapeRange
+
+if TYPE_CHECKING:
+    from mask2former.evaluation.ahead import ImagesAhead
 
 logger = get_logger(__name__)
 
@@ -46,6 +62,8 @@ class _Loaded:
         return {**self.about, "cuda_graphs": None if graphs is None else graphs.describe()}
 
 
+# Images (3, H, W) to trace and compare with, a batch of them, or what reads them; None for drawn scenes.
+_Images = Iterable[Tensor] | Callable[[], Iterable[Tensor]] | None
 # A padded range and the GPU that runs it.
 _Where = tuple[ShapeRange, torch.device]
 
@@ -62,12 +80,12 @@ class TensorRTBackend:
     def __init__(self, model, cfg):
         """
         Args:
-            model: MaskFormer on a CUDA device.
+            model: MaskFormer, on a CUDA device unless ON_ERROR is "torch".
             cfg: after add_tensorrt_config.
 
         Raises:
             OptionsError: a key under MODEL.TENSORRT is wrong.
-            MissingDependencyError: TensorRT or the GPU is missing, and MODEL.TENSORRT.ON_ERROR is "raise".
+            MissingDependencyError: the GPU, TensorRT or torch2trt is missing, and MODEL.TENSORRT.ON_ERROR is "raise".
         """
         follow_detectron2()
         self._model = model
@@ -95,13 +113,25 @@ class TensorRTBackend:
             self._unavailable = error
             self._say_fallback(error)
 
-    def prepare(self) -> None:
+    def prepare(self, ahead: ImagesAhead | None = None) -> None:
         """Build or load the engine of the configured range, so that the first image does not wait for it.
 
-        With STATIC there is nothing to do before an image tells its size, unless SHAPES has only one.
+        With STATIC it is the engines of the sizes that come most often, as many as are kept in memory. Where no images are
+        known ahead, there is nothing to do before one tells its size, unless SHAPES has only one.
+
+        Args:
+            ahead: the images that are to come; some of them are traced and compared with.
         """
-        if self._unavailable is None and (not self.options.static or self.options.shapes.is_static):
-            self._engine(self.options.shapes, None)
+        if self._unavailable is not None:
+            return
+        shapes = self.options.shapes
+        examples = None if ahead is None else examples_of(ahead, self.options)
+        ranges = [shapes]
+        if self.options.static and not shapes.is_static:
+            divisibility = self._model.size_divisibility
+            ranges = [] if ahead is None else static_ranges(ahead, self.options, divisibility, MAX_LOADED)
+        for wanted in ranges:
+            self._engine(wanted, examples)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Run the network.
@@ -114,7 +144,7 @@ class TensorRTBackend:
 
         Raises:
             EngineShapeError: the images are outside the range, and ON_OUT_OF_RANGE is "raise".
-            D2TRTError: there is no engine, and ON_ERROR is "raise".
+            D2TRTError: there is no engine, or it does not run, and ON_ERROR is "raise".
         """
         engine = None
         if self._unavailable is None:
@@ -129,8 +159,12 @@ class TensorRTBackend:
                 )
             else:
                 engine = self._engine(shapes, images)
-        self._record.count("torch" if engine is None else "tensorrt", len(images))
-        return self._model.core(images) if engine is None else engine(images)
+        outputs = None if engine is None else self._run(engine, shapes, images)
+        ran = "torch" if outputs is None else "tensorrt"
+        if outputs is None:
+            outputs = self._model.core(images)
+        self._record.count(ran, len(images))
+        return outputs
 
     def weights_changed(self) -> None:
         """Tell the backend that the model's weights may be others now; the next call looks."""
@@ -156,24 +190,43 @@ class TensorRTBackend:
         """What has run the network so far, JSON-serialisable.
 
         Returns:
-            "backend" ("tensorrt", or "torch (fallback: why)"), "precision", "engines" (key, path, range, times, parity,
-            CUDA graphs), "images" (how many each of the two ran), and "reasons" for PyTorch running any.
+            "backend" ("tensorrt", "torch (fallback: why)", or both with their images; before the first image, what would
+            run it), "precision", "engines" (key, path, range, times, parity, CUDA graphs), "images" (how many each of the
+            two ran), and "reasons" for PyTorch running any.
         """
         with self._lock:
             failure = self._unavailable or next(iter(self._failures.values()), None)
-            name = "tensorrt"
-            if failure is not None and not self._loaded:
-                name = f"torch (fallback: {first_line(failure)})"
-            return {
-                "backend": name,
-                "precision": self.options.precision,
-                "engines": [loaded.describe() for loaded in self._loaded.values()],
-                **self._record.describe(),
-            }
+            loaded = list(self._loaded.values())
+            record = self._record.describe()
+        name = name_runners(record["images"]) or (
+            "torch" if failure is not None and not loaded else "tensorrt"
+        )
+        if name == "torch":
+            why = failure or next(iter(record["reasons"]), "no engine")
+            name = f"torch (fallback: {first_line(why)})"
+        return {
+            "backend": name,
+            "precision": self.options.precision,
+            "engines": [one.describe() for one in loaded],
+            **record,
+        }
+
+    def _run(self, engine: Engine, shapes: ShapeRange, images: Tensor) -> tuple[Tensor, Tensor] | None:
+        """An engine's outputs; None where it fails and PyTorch is to run instead, this time."""
+        try:
+            return engine(images)
+        except Exception as error:
+            failure = self._failure(error, "run", shapes)
+            if self.options.on_error != "torch":
+                if failure is error:
+                    raise
+                raise failure from error
+        self._say_fallback(failure, about=("run", type(failure)))
+        return None
 
     # Which engine
 
-    def _engine(self, shapes: ShapeRange, images: Tensor | None) -> Engine | None:
+    def _engine(self, shapes: ShapeRange, images: _Images) -> Engine | None:
         """The engine of a range, loaded or built; None where PyTorch is to run instead."""
         where = (shapes, self._model.device)
         loaded = None if self._stale else self._loaded.get(where)
@@ -185,18 +238,26 @@ class TensorRTBackend:
         loaded.used = next(self._clock)
         return loaded.engine
 
-    def _find_or_load(self, where: _Where, images: Tensor | None) -> _Loaded | None:
+    def _find_or_load(self, where: _Where, images: _Images) -> _Loaded | None:
         self._refresh()
         if where in self._loaded:
             return self._loaded[where]
         if where not in self._failures:
             try:
                 loaded = self._load(where[0], images)
-            except D2TRTError as error:
-                # Kept, since minutes of building would end the same way; without its traceback, which holds tensors.
-                self._failures[where] = type(error)(*error.args)
-                if self.options.on_error != "torch":
-                    raise
+            except OptionsError:
+                raise  # a mistake in the config is one with a fallback, too
+            except Exception as error:
+                failure = self._failure(error, "build or load", where[0])
+                if self.options.on_error == "torch":
+                    self._failures[where] = failure
+                else:
+                    # Minutes of building would end the same way. Memory may be there when it is asked for again.
+                    if isinstance(failure, D2TRTError) and not isinstance(failure, GPUMemoryError):
+                        self._failures[where] = type(failure)(*failure.args)
+                    if failure is error:
+                        raise
+                    raise failure from error
             else:
                 while len(self._loaded) >= MAX_LOADED:
                     self._unload(min(self._loaded, key=lambda w: self._loaded[w].used))
@@ -225,31 +286,40 @@ class TensorRTBackend:
             self._weights = weights
 
     def _require(self) -> None:
-        if self._model.device.type != "cuda":
-            raise MissingDependencyError(
-                f"MODEL.BACKEND 'tensorrt' runs on an NVIDIA GPU, but the model is on {self._model.device}. Set "
-                "MODEL.DEVICE cuda, or MODEL.BACKEND torch."
-            )
-        compat.tensorrt()
+        requirements.require(self._model.device, builds=self.options.cache.mode != "require")
 
-    def _say_fallback(self, error: D2TRTError) -> None:
-        self._record.warn_once(error, f"PyTorch runs the network (MODEL.TENSORRT.ON_ERROR torch): {error}")
+    def _failure(self, error: Exception, doing: str, shapes: ShapeRange) -> Exception:
+        """The error as build_failure.explained has it; without a fallback as it is, but for PyTorch's about memory."""
+        if self.options.on_error != "torch" and not isinstance(error, torch.cuda.OutOfMemoryError):
+            return error
+        return explained(error, doing, self._limits(shapes), self._model.device)
+
+    def _limits(self, shapes: ShapeRange) -> BuildSpec:
+        """What decides how much memory an engine takes."""
+        return BuildSpec(shapes.min, shapes.opt, shapes.max, workspace_bytes=self.options.workspace_bytes)
+
+    def _say_fallback(self, error: Exception, about: Hashable = None) -> None:
+        self._record.warn_once(
+            about or error,
+            f"PyTorch runs the network on {self._model.device} (MODEL.TENSORRT.ON_ERROR torch): {error}",
+        )
 
     # Loading and building
 
-    def _load(self, shapes: ShapeRange, images: Tensor | None) -> _Loaded:
+    def _load(self, shapes: ShapeRange, images: _Images) -> _Loaded:
         """An engine in memory, from the cache or built. What the cache has and TensorRT refuses is built again."""
         started = time.perf_counter()
         entry, engine = self._get_entry(shapes, images, self._cache)
         if engine is None:
             try:
-                engine = self._make_engine(entry.data)
+                engine = self._make_engine(entry.data, shapes)
             except BuildError as error:
-                if self._cache.mode == "require":
+                # Where memory does not suffice the entry is good, and a build would want more.
+                if self._cache.mode == "require" or isinstance(error, GPUMemoryError):
                     raise
                 logger.warning("The cached engine %s is built again: %s", entry.path, error)
                 entry, engine = self._get_entry(shapes, images, self._rebuilding())
-                engine = engine or self._make_engine(entry.data)
+                engine = engine or self._make_engine(entry.data, shapes)
         seconds = time.perf_counter() - started
         engine_info = entry.sidecar["engine"]
         logger.info(
@@ -279,7 +349,7 @@ class TensorRTBackend:
         return self._repairs
 
     def _get_entry(
-        self, shapes: ShapeRange, images: Tensor | None, cache: EngineCache
+        self, shapes: ShapeRange, images: _Images, cache: EngineCache
     ) -> tuple[CacheEntry, Engine | None]:
         """A range's entry; with it the engine, where it was built and checked just now. Under the lock."""
         identity = self._identity()
@@ -297,7 +367,7 @@ class TensorRTBackend:
         return entry, made[0] if made and entry.built else None
 
     def _build(
-        self, shapes: ShapeRange, spec: BuildSpec, identity: dict[str, Any], images: Tensor | None
+        self, shapes: ShapeRange, spec: BuildSpec, identity: dict[str, Any], images: _Images
     ) -> tuple[BuiltEngine, Engine]:
         options = self.options
         logger.info("Building the TensorRT engine for %s; this takes minutes, once", shapes.describe())
@@ -305,7 +375,7 @@ class TensorRTBackend:
             self._cache.directory, **identity, writable=options.timing_cache and options.cache.writable
         )
         use_timings = options.timing_cache and options.cache.mode != "off"
-        samples = SampleImages(self._model.device, images)
+        samples = SampleImages(self._model.device, images() if callable(images) else images)
         try:
             # What the caller computes in is not what the network is traced in.
             autocast = torch.autocast(self._model.device.type, enabled=False)
@@ -314,25 +384,39 @@ class TensorRTBackend:
                     self._model, spec, samples.take(shapes.opt), timing.load() if use_timings else b""
                 )
                 timing.merge(timings, builder.combine_timing_caches)
-                engine = self._make_engine(plan)
+                engine = self._make_engine(plan, shapes)
                 numbers = {}
                 if options.verify.enabled:
                     step = max(self._model.size_divisibility, 1)
-                    batches = verified_batches(shapes, step, options.verify.sizes, options.verify.images)
-                    numbers = parity.verify(
-                        engine, self._model.core, map(samples.take, batches), options.verify
+                    batches = images_to_compare(
+                        samples, shapes, step, options.verify.sizes, options.verify.images
                     )
+                    numbers = parity.verify(engine, self._model.core, batches, options.verify)
+                    numbers |= {"given_images": samples.given, "drawn_scenes": samples.drawn}
+                    logger.info("Compared with PyTorch on %s", samples.describe())
         except torch.cuda.OutOfMemoryError as error:
-            raise BuildError(
-                f"the GPU's memory does not suffice to build and check the engine ({first_line(error)}). Lower "
-                "MODEL.TENSORRT.MAX_BATCH_SIZE, the range in MODEL.TENSORRT.SHAPES or MODEL.TENSORRT.WORKSPACE, or free "
-                "memory of the GPU."
-            ) from error
+            raise memory_error(error, "build and check", self._limits(shapes), self._model.device) from error
         return BuiltEngine(plan, report=dataclasses.asdict(report), parity=numbers), engine
 
-    def _make_engine(self, plan: bytes) -> Engine:
+    def _make_engine(self, plan: bytes, shapes: ShapeRange) -> Engine:
+        """
+        Raises:
+            GPUMemoryError: the GPU's memory does not suffice.
+            BuildError: the plan does not load for another reason.
+        """
+        with contextlib.suppress(GPUMemoryError):
+            return self._new_engine(plan, shapes)
+        torch.cuda.empty_cache()  # what PyTorch keeps for itself, TensorRT cannot have
+        return self._new_engine(plan, shapes)
+
+    def _new_engine(self, plan: bytes, shapes: ShapeRange) -> Engine:
         options = self.options
-        return Engine(plan, self._model.device, options.max_cuda_graphs if options.cuda_graphs else 0)
+        try:
+            return Engine(plan, self._model.device, options.max_cuda_graphs if options.cuda_graphs else 0)
+        except (BuildError, torch.cuda.OutOfMemoryError) as error:
+            if not is_memory_error(error):
+                raise
+            raise memory_error(error, "load", self._limits(shapes), self._model.device) from error
 
     def _spec(self, shapes: ShapeRange, capability: tuple[int, int]) -> BuildSpec:
         options = self.options

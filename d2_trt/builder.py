@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from . import compat, progress
-from .build_failure import build_failure, memory_hint
+from .build_failure import build_failure, is_about_memory, memory_hint
 from .build_report import BuildReport
 from .build_spec import BuildSpec, check_precision, precision_policy
 from .converters import MODEL, Graph, Guard, TracedMemory, converter_table
-from .errors import BuildError, ConversionError, first_line
+from .errors import BuildError, ConversionError, GPUMemoryError, MissingDependencyError, first_line
 from .parity import exact_float32
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,32 @@ def trt_logger(hear: Callable[[str], None] | None = None):
             target.log(levels[level], message)
 
     return Bridge()
+
+
+@contextlib.contextmanager
+def starting(log):
+    """Around the making of a trt.Builder or trt.Runtime.
+
+    Args:
+        log: of trt_logger, which it is made with.
+
+    Raises:
+        MissingDependencyError: TensorRT cannot use the GPU.
+        GPUMemoryError: the GPU has no memory for it.
+    """
+    try:
+        yield
+    except TypeError as error:  # how the bindings say that TensorRT made none
+        said = "; ".join(log.errors[-3:]) or first_line(error)
+        trt = compat.tensorrt()
+        if is_about_memory(said):
+            raise GPUMemoryError(
+                f"the GPU has no memory left for TensorRT {trt.__version__} to start ({said}). Free some."
+            ) from error
+        raise MissingDependencyError(
+            f"TensorRT {trt.__version__} cannot use this GPU ({said}). `nvidia-smi` tells the driver's version: install a "
+            "driver that this TensorRT supports, or `pip install` a TensorRT that this driver supports."
+        ) from error
 
 
 def trace(network, config, core: Core, images: torch.Tensor, spec: BuildSpec) -> Graph:
@@ -193,7 +219,8 @@ def _build(
     trt = compat.tensorrt()
     doing = progress.Progress()
     log = trt_logger(doing.hear)
-    builder = trt.Builder(log)
+    with starting(log):
+        builder = trt.Builder(log)
     if spec.precision == "fp16" and not getattr(builder, "platform_has_fast_fp16", True):
         logger.warning(
             "MODEL.TENSORRT.PRECISION is 'fp16', in which this GPU is no faster than in float32: fp32 is as fast, and exact"
@@ -276,7 +303,9 @@ def combine_timing_caches(old: bytes, new: bytes) -> bytes:
     trt = compat.tensorrt()
     if not compat.timing_caches_combine():
         raise BuildError(f"TensorRT {trt.__version__} may crash when it combines timing caches")
-    config = trt.Builder(trt_logger()).create_builder_config()
+    log = trt_logger()
+    with starting(log):
+        config = trt.Builder(log).create_builder_config()
     try:
         caches = [config.create_timing_cache(timings) for timings in (new, old)]
         combined = None not in caches and caches[0].combine(caches[1], ignore_mismatch=False)

@@ -16,6 +16,11 @@ from .errors import MissingDependencyError
 
 logger = logging.getLogger(__name__)
 
+# What installs them. torch2trt's own setup imports torch and tensorrt, which an isolated build would not find.
+INSTALL = {
+    "tensorrt": "pip install tensorrt",
+    "torch2trt": "pip install --no-build-isolation git+https://github.com/NVIDIA-AI-IOT/torch2trt",
+}
 # Of int8 calibration. TensorRT 11 has them no more; torch2trt reads them when it is imported.
 _GONE = ("CalibrationAlgoType", "IInt8Calibrator")
 _importing = threading.Lock()
@@ -34,7 +39,7 @@ def tensorrt() -> types.ModuleType:
     except (ImportError, OSError) as error:  # OSError: the bindings are there, their libraries are not
         raise MissingDependencyError(
             f"MODEL.BACKEND 'tensorrt' needs NVIDIA TensorRT 8.6 or newer, which cannot be imported ({error}). "
-            "Install it with `pip install tensorrt`, or set MODEL.BACKEND torch."
+            f"Install it with `{INSTALL['tensorrt']}`, or set MODEL.BACKEND torch."
         ) from error
 
 
@@ -52,8 +57,7 @@ def torch2trt() -> types.ModuleType:
     except Exception as error:  # it also fails on names that a TensorRT or a PyTorch lacks
         raise MissingDependencyError(
             f"building an engine needs torch2trt, which cannot be imported beside TensorRT {trt.__version__} "
-            f"({type(error).__name__}: {error}). Install it with "
-            "`pip install git+https://github.com/NVIDIA-AI-IOT/torch2trt`, or set MODEL.BACKEND torch."
+            f"({type(error).__name__}: {error}). Install it with `{INSTALL['torch2trt']}`, or set MODEL.BACKEND torch."
         ) from error
 
 

@@ -30,7 +30,8 @@ _DEFAULTS = {
             # The batch size to be fastest at. 0: MAX_BATCH_SIZE.
             "OPT_BATCH_SIZE": 0,
             # One engine for every batch and padded size, built when it first comes, instead of one for the whole
-            # range: faster, at the price of a build for each. SHAPES still bounds the sizes.
+            # range: faster, at the price of a build for each. SHAPES still bounds the sizes. An evaluation builds those of
+            # the (up to 8) sizes that come most often before its timing starts.
             "STATIC": False,
             # Multi-scale deformable attention by: "plugin", this project's own kernel; "stock", the plugin that
             # comes with TensorRT; "native", TensorRT's own layers (slow); "auto", the first of them that is there.
@@ -81,7 +82,8 @@ _DEFAULTS = {
             # Images of a padded size or number outside the engine's range: "torch" runs them in PyTorch, with one
             # warning; "raise" raises EngineShapeError.
             "ON_OUT_OF_RANGE": "torch",
-            # Something is missing, or the build fails: "raise" says what; "torch" warns once and runs PyTorch.
+            # Something is missing, or an engine cannot be built, loaded or run: "raise" says what; "torch" warns once and
+            # runs PyTorch, without a GPU on the CPU.
             "ON_ERROR": "raise",
             # Replay a CUDA graph for each batch and padded size instead of launching the engine's kernels one by one:
             # captured when a size comes again, on the GPU with its images and outputs (31 MiB at 800x1088).

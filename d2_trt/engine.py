@@ -7,7 +7,7 @@ import threading
 import torch
 
 from . import compat
-from .builder import INPUT, OUTPUTS, trt_logger
+from .builder import INPUT, OUTPUTS, starting, trt_logger
 from .cuda_graphs import CapturedRun, GraphCache
 from .errors import BuildError, EngineShapeError
 from .streams import PrivateStreams
@@ -30,6 +30,7 @@ class Engine:
 
         Raises:
             BuildError: the plan does not load: damaged, or of another TensorRT or GPU.
+            MissingDependencyError, GPUMemoryError: see builder.starting.
         """
         trt = compat.tensorrt()
         compat.register_plugins()  # a plan may refer to them
@@ -37,7 +38,8 @@ class Engine:
         self._log = trt_logger()
         self.graphs = GraphCache(max_graphs) if max_graphs else None
         with torch.cuda.device(self.device):
-            self._runtime = trt.Runtime(self._log)
+            with starting(self._log):
+                self._runtime = trt.Runtime(self._log)
             self._engine = self._runtime.deserialize_cuda_engine(plan)
             if self._engine is None:
                 raise BuildError("the engine does not load:\n  " + "\n  ".join(self._log.errors[-3:]))

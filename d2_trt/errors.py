@@ -27,6 +27,10 @@ class BuildError(D2TRTError):
     """TensorRT refused the network, or ran out of something while it built the engine."""
 
 
+class GPUMemoryError(BuildError):
+    """The GPU's memory does not suffice to build, load or run an engine. The engine is as good as it was."""
+
+
 class ParityError(D2TRTError):
     """An engine's outputs differ from PyTorch's by more than the config allows."""
 
@@ -43,6 +47,6 @@ class ImageError(D2TRTError):
         self.index = index
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
     """What an error says first: those of CUDA go on for a page."""
-    return str(error).splitlines()[0]
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from mask2former import MaskFormer
+from mask2former.backend import settle_backend
 
 from .logging import get_logger
 
@@ -22,4 +23,5 @@ class TensorRTMaskFormer(MaskFormer):
                 "MODEL.META_ARCHITECTURE TensorRTMaskFormer runs the network in TensorRT: MODEL.BACKEND %s is not used",
                 cfg.MODEL.BACKEND,
             )
+        settle_backend("tensorrt", cfg)
         return {**super().from_config(cfg), "backend": "tensorrt"}

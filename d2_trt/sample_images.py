@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,26 +12,59 @@ from .shape_range import Shape, ShapeRange
 
 
 class SampleImages:
-    """Images of any shape: those that were given first, then scenes that the project draws, each taken once."""
+    """Images of any shape: those that were given, in turn, each once at a size, then scenes that the project draws.
 
-    def __init__(self, device: torch.device, given: Tensor | None = None):
+    `given` and `drawn` count the images that were taken of each kind since the last restart().
+    """
+
+    def __init__(self, device: torch.device, given: Iterable[Tensor] | None = None):
         """
         Args:
             device: where the images are wanted.
-            given: (B, 3, H, W) float32, 0 to 255.
+            given: (3, H, W) each, of any size and number type, 0 to 255; (B, 3, H, W) is B of them.
         """
         self._device = device
         self._given = [] if given is None else [image[None].detach() for image in given]
+        self._next = 0
         self._scenes = 0
+        self.restart()
+
+    def __len__(self) -> int:
+        """How many were given."""
+        return len(self._given)
+
+    def restart(self) -> None:
+        """From here on those that were given may be taken again; the others' turn is first."""
+        self._taken: set[tuple[int, int, int]] = set()
+        self.given = self.drawn = 0
 
     def take(self, shape: Shape) -> Tensor:
         """Images (batch, 3, height, width) float32, stretched to that size."""
         batch, height, width = shape
-        return torch.cat([self._resized(self._next(), height, width) for _ in range(batch)])
+        turn = [(self._next + i) % len(self) for i in range(len(self))]
+        fresh = [i for i in turn if (i, height, width) not in self._taken][:batch]
+        if fresh:
+            self._next = fresh[-1] + 1
+        self.given += len({*fresh} - {i for i, *_ in self._taken})
+        self._taken.update((i, height, width) for i in fresh)
+        images = [self._resized(self._given[i], height, width) for i in fresh]
+        if len(images) < batch:
+            images.append(self.draw((batch - len(images), height, width)))
+        return torch.cat(images)
 
-    def _next(self) -> Tensor:
-        if self._given:
-            return self._given.pop(0)
+    def draw(self, shape: Shape) -> Tensor:
+        """Drawn scenes alone, each new."""
+        batch, height, width = shape
+        self.drawn += batch
+        return torch.cat([self._resized(self._scene(), height, width) for _ in range(batch)])
+
+    def describe(self) -> str:
+        """What was taken, such as "1 given image and 2 drawn scenes"."""
+        counts = {"given image": self.given, "drawn scene": self.drawn}
+        told = [f"{n} {name}{'s'[: n != 1]}" for name, n in counts.items() if n]
+        return " and ".join(told) + (" alone: no real image was at hand" if not self.given else "")
+
+    def _scene(self) -> Tensor:
         from mask2former.data.datasets.shapes_scene import draw_scene
 
         scene = torch.from_numpy(draw_scene(self._scenes, 480, 640).image.copy())
@@ -71,3 +106,18 @@ def verified_batches(shapes: ShapeRange, multiple: int, sizes: int, images: int)
         batch = max(batch, min(images, high_batch))
         batches += [(batch, *size)] * -(-images // batch)
     return batches
+
+
+def images_to_compare(
+    samples: SampleImages, shapes: ShapeRange, multiple: int, sizes: int, images: int
+) -> Iterator[Tensor]:
+    """Images for verified_batches, after a batch of the fastest shape was taken to trace with.
+
+    Where they would be at the fastest shape what was traced, and no others, drawn ones follow: what an engine has wrongly
+    kept of the images that it was traced with is right for those.
+    """
+    samples.restart()
+    for batch in verified_batches(shapes, multiple, sizes, images):
+        yield samples.take(batch)
+    if len(samples) == shapes.opt[0]:
+        yield samples.draw(shapes.opt)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from detectron2.config import configurable
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_sem_seg_head
 from torch import Tensor, nn
 
-from .backend import build_backend, check_backend
+from .backend import build_backend, check_backend, settle_backend
 from .modeling import fused_ops
 from .modeling.criterion import build_criterion
 from .modeling.targets import prepare_targets
 from .postprocess_options import PostprocessOptions
 from .postprocessing import postprocess
+
+if TYPE_CHECKING:
+    from .evaluation.ahead import ImagesAhead
 
 # Images of at least so many bytes go to the GPU through pinned memory, which PyTorch keeps for the next ones.
 STAGED_BYTES = 1 << 20
@@ -66,6 +71,7 @@ class MaskFormer(nn.Module):
 
     @classmethod
     def from_config(cls, cfg):
+        settle_backend(cfg.MODEL.BACKEND, cfg)
         backbone = build_backbone(cfg)
         sem_seg_head = build_sem_seg_head(cfg, backbone.output_shape())
         datasets = tuple(cfg.DATASETS.TRAIN) or tuple(cfg.DATASETS.TEST)
@@ -97,9 +103,16 @@ class MaskFormer(nn.Module):
     def backend(self, backend) -> None:
         self._backend = backend
 
-    def prepare(self) -> None:
-        """Do ahead of the first image what the backend would do with it."""
-        self.backend.prepare()
+    def prepare(self, ahead: ImagesAhead | None = None) -> None:
+        """Do ahead of the first image what the backend would do with it.
+
+        Args:
+            ahead: the images that are to come, where they are known.
+        """
+        if ahead is None:
+            self.backend.prepare()
+        else:
+            self.backend.prepare(ahead)
 
     def core(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The network itself, in PyTorch: what a backend must compute.

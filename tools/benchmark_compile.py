@@ -63,7 +63,7 @@ class CompileBackend:
         self._core = torch.compile(model.core, mode=mode, dynamic=False)
         self._graphs = mode in ("reduce-overhead", "max-autotune") and device.startswith("cuda")
 
-    def prepare(self) -> None:
+    def prepare(self, ahead=None) -> None:
         """Nothing is left to do: a shape is compiled when it comes."""
 
     def describe(self) -> dict:

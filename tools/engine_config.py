@@ -16,6 +16,7 @@ import d2_trt  # noqa: F401 - the backend "tensorrt" and its keys
 from d2_trt.options import TensorRTOptions
 from mask2former import get_mask2former_cfg
 from mask2former.backend import BackendError
+from mask2former.engine import torch_training_cfg
 
 # Checkpoints of backbones alone, which training starts from.
 _BACKBONE_ONLY = re.compile(r"ImageNetPretrained|swin_\w+_patch\d+_window\d+")
@@ -113,7 +114,10 @@ def load_model(cfg: CfgNode):
     """
     if not cfg.MODEL.WEIGHTS:
         torch.manual_seed(0)  # demo.py's and benchmark.py's random weights
-    model = build_model(cfg).eval()
+    in_pytorch = cfg.clone()
+    in_pytorch.defrost()
+    torch_training_cfg(in_pytorch)  # the tools make backends of their own
+    model = build_model(in_pytorch).eval()
     if cfg.MODEL.WEIGHTS:
         try:
             DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)

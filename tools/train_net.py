@@ -27,7 +27,7 @@ from d2_trt.logging import (
 )
 from d2_trt.options import TensorRTOptions
 from mask2former import get_mask2former_cfg
-from mask2former.backend import BackendError, check_backend
+from mask2former.backend import BackendError, check_backend, settle_backend
 from mask2former.data import build_train_mapper, check_train_sets
 from mask2former.data.errors import AnnotationError
 from mask2former.engine import Trainer, torch_training_cfg
@@ -124,7 +124,9 @@ def load_config(args: argparse.Namespace) -> CfgNode:
             check_test_sets(cfg)
         else:
             check_training(cfg, args)
-        check_backend(cfg.MODEL.BACKEND, cfg)
+        backend = "tensorrt" if runs_tensorrt(cfg) else cfg.MODEL.BACKEND
+        settle_backend(backend, cfg)
+        check_backend(backend, cfg)
     except (FileNotFoundError, KeyError, ValueError, BackendError) as error:
         # str() of a KeyError is in quotes.
         raise UsageError(error.args[0] if isinstance(error, KeyError) else error) from error
@@ -180,9 +182,13 @@ def check_training(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UsageError("MODEL.RESNETS.NORM SyncBN trains on GPUs only: with MODEL.DEVICE cpu set it to BN")
 
 
+def runs_tensorrt(cfg: CfgNode) -> bool:
+    return cfg.MODEL.BACKEND == "tensorrt" or cfg.MODEL.META_ARCHITECTURE == "TensorRTMaskFormer"
+
+
 def engine_too_small(cfg: CfgNode) -> str:
     """Why TensorRT would not run whole batches of the evaluation; empty where it would, or is not asked to."""
-    if cfg.MODEL.BACKEND != "tensorrt" and cfg.MODEL.META_ARCHITECTURE != "TensorRTMaskFormer":
+    if not runs_tensorrt(cfg):
         return ""
     most = TensorRTOptions.from_cfg(cfg).shapes.max[0]
     if cfg.TEST.BATCH_SIZE <= most:

@@ -16,9 +16,11 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import nn
 
+from ..backend import name_runners
+from ..maskformer_model import MaskFormer
+from .ahead import ImagesAhead
 from .build import build_evaluator, check_test_sets
 from .overlapped import OverlappedEvaluators
-from .test_loader import build_test_loader
 from .whole_files import remove_leftovers
 
 logger = logging.getLogger(__name__)
@@ -27,10 +29,10 @@ logger = logging.getLogger(__name__)
 def evaluate_model(cfg: CfgNode, model: nn.Module) -> OrderedDict:
     """Evaluate a model on every data set of DATASETS.TEST, and print and save the results.
 
-    The model's `prepare()`, where it has one, runs first, so that detectron2's timing does not count it. The
-    results of all data sets go to OUTPUT_DIR/inference/results.json, with what ran the network under "backend";
-    predictions to OUTPUT_DIR/inference, or with several data sets to a directory of each there. results.json of an earlier
-    evaluation is removed first and written last: where it is, the evaluation has come to its end.
+    The model's `prepare()`, where it has one, runs first, so that detectron2's timing does not count it; a MaskFormer's is
+    told of the images that are to come. The results of all data sets go to OUTPUT_DIR/inference/results.json, with what ran
+    the network under "backend"; predictions to OUTPUT_DIR/inference, or with several data sets to a directory of each there.
+    results.json of an earlier evaluation is removed first and written last: where it is, the evaluation has come to its end.
 
     Returns:
         {task: {metric: value}}, or with several data sets {data set: {task: {metric: value}}}. Empty on other
@@ -58,11 +60,14 @@ def evaluate_model(cfg: CfgNode, model: nn.Module) -> OrderedDict:
             "MODEL.MASK_FORMER.TEST.BOXES_FROM_MASKS is False: predicted boxes are zeros, as the release's, and "
             "so is their AP (bbox); the AP of masks (segm) is not affected"
         )
-    if hasattr(model, "prepare"):
+    ahead = ImagesAhead(cfg, names)
+    if isinstance(model, MaskFormer):
+        model.prepare(ahead)
+    elif hasattr(model, "prepare"):
         model.prepare()
     results = OrderedDict()
     for name in names:
-        loader = build_test_loader(cfg, name)
+        loader = ahead.take_loader(name)
         logger.info(
             "Evaluating on %s: %d images on this process, %d a batch",
             name,
@@ -103,13 +108,16 @@ def describe_backend(model: nn.Module) -> dict:
     backend = getattr(model, "backend", None)
     told = backend.describe() if hasattr(backend, "describe") else {"backend": "torch"}
     everyone = comm.gather(told) or [told]
-    # A rank that fell back while the others did not must show.
-    told["backend"] = "; ".join(dict.fromkeys(one["backend"] for one in everyone))
+    # A rank that fell back while the others did not must show; one that had no images ran nothing.
+    ran = [one for one in everyone if sum(one.get("images", {}).values())] or everyone
+    told["backend"] = "; ".join(dict.fromkeys(one["backend"] for one in ran))
     if "images" in told:
         counts = Counter()
         for one in everyone:
             counts.update(one["images"])
         told["images"] = dict(counts)
+        if sum(map(bool, counts.values())) > 1:
+            told["backend"] = name_runners(counts)
     if "reasons" in told:
         told["reasons"] = list(dict.fromkeys(reason for one in everyone for reason in one["reasons"]))
     return told

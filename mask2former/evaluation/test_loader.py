@@ -24,7 +24,8 @@ def build_test_loader(
         mapper: turns a dict of the data set into a model input; by default detectron2's DatasetMapper.
 
     Returns:
-        A loader that yields lists of dicts. It raises AnnotationError where a record cannot be read.
+        A loader that yields lists of dicts. It raises AnnotationError where a record cannot be read. `record_sizes` has for
+        each record (height, width) of its image before the mapper, or None where it does not tell.
 
     Raises:
         ValueError: TEST.BATCH_SIZE is not a positive integer.
@@ -39,13 +40,18 @@ def build_test_loader(
         records = [{k: v for k, v in record.items() if k != "sem_seg_file_name"} for record in records]
     dataset = MapDataset(DatasetFromList(records, copy=False), _NamingMapper(mapper))
     sampler = InferenceSampler(len(dataset))
-    return _TestLoader(
+    loader = _TestLoader(
         dataset,
         batch_sampler=BatchSampler(sampler, batch_size, drop_last=False),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         multiprocessing_context=worker_context(cfg.DATALOADER.NUM_WORKERS),
         collate_fn=_as_list,
     )
+    loader.record_sizes = [
+        (record["height"], record["width"]) if "height" in record and "width" in record else None
+        for record in records
+    ]
+    return loader
 
 
 class _NamingMapper:

@@ -311,7 +311,7 @@ class Demo:
             ]
         lines.append(f"{images} image(s) or frame(s) in {seconds:.1f} s: {rate:.2f} images per second")
         backend = self._backend()
-        lines.append(f"backend: {backend['backend']}" + _shares(backend))
+        lines.append(f"backend: {backend['backend']}")
         if interrupted:
             lines.append(f"stopped by Ctrl-C: {len(self.entries)} of {count} inputs have results")
         if self.failures:
@@ -371,14 +371,6 @@ class _Seen:
         return {
             name: {"frames": n, "most_at_once": self._most[name]} for name, n in self._in_frames.most_common()
         }
-
-
-def _shares(backend: dict) -> str:
-    """How many images PyTorch ran in the place of another backend; empty where none."""
-    images = backend.get("images", {})
-    if not images.get("torch") or sum(images.values()) == images["torch"]:
-        return ""
-    return f", but PyTorch ran {images['torch']} of {sum(images.values())} images"
 
 
 def _arrow(item: Item) -> str:

@@ -216,8 +216,20 @@ def test_image_outside_the_range_runs_in_pytorch_with_one_warning(workshop, capl
     assert caplog.text.count("is outside this engine's range") == 1
     assert "MODEL.TENSORRT.ON_OUT_OF_RANGE" in caplog.text
     told = backend.describe()
-    assert told["backend"] == "tensorrt" and told["images"] == {"tensorrt": 2, "torch": 5}
+    assert told["backend"] == "tensorrt (2 images) and torch (5 images)"
+    assert told["images"] == {"tensorrt": 2, "torch": 5}
     assert len(told["reasons"]) == 1 and "padded to 160x96" in told["reasons"][0]
+
+
+def test_images_that_are_all_outside_the_range_are_told_as_pytorchs(workshop):
+    backend = make_backend()
+    backend.prepare()
+    assert backend.describe()["backend"] == "tensorrt"  # what would run the first
+    backend(images(1, 160, 96))
+    told = backend.describe()["backend"]
+    assert told.startswith(
+        "torch (fallback: image padded to 160x96 is outside this engine's range 64..128 (H)"
+    )
 
 
 def test_image_outside_the_range_is_refused_on_demand(workshop):

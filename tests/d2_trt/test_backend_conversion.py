@@ -74,7 +74,7 @@ def test_network_is_built_checked_kept_and_loaded(interpreter):
     (built,), (loaded,) = first.describe()["engines"], second.describe()["engines"]
     assert built["built"] and not loaded["built"] and built["key"] == loaded["key"]
     rows = loaded["parity"]["sizes"]
-    assert [row["images"] for row in rows] == ["2x3x64x96", "1x3x96x128", "2x3x64x64"]
+    assert [row["images"] for row in rows] == ["2x3x64x96", "1x3x96x128", "2x3x64x64", "2x3x64x96"]
     assert all(row["mask_error"] < 1e-4 and row["sign_agreement"] > 0.999 for row in rows)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
 
-from d2_trt import compat, plugin
+from d2_trt import backend as backend_module
+from d2_trt import builder, compat, plugin
 from d2_trt.backend import TensorRTBackend
-from d2_trt.errors import BuildError, MissingDependencyError, OptionsError, ParityError
+from d2_trt.build_spec import BuildSpec
+from d2_trt.errors import BuildError, GPUMemoryError, MissingDependencyError, OptionsError, ParityError
 from tests.d2_trt.backend_helpers import TinyModel, entries, equal, images, make_backend, make_cfg
 from tests.d2_trt.backend_helpers import workshop as workshop
+from tests.doubles.fixtures import trt_double as trt  # noqa: F401
 
 
 def test_engine_that_disagrees_is_not_kept_and_says_where(workshop, tmp_path):
@@ -56,7 +58,7 @@ def test_other_weights_get_another_try(workshop):
     model.load_state_dict(TinyModel(1).state_dict())
     backend(images())
     told = backend.describe()
-    assert told["backend"] == "tensorrt" and told["images"] == {"tensorrt": 1, "torch": 1}
+    assert told["backend"] == "tensorrt (1 image) and torch (1 image)"
 
 
 def test_static_size_that_fails_leaves_the_others_alone(workshop):
@@ -66,8 +68,9 @@ def test_static_size_that_fails_leaves_the_others_alone(workshop):
     workshop.fail = None
     backend(images(1, 64, 96))
     backend(images(1, 64, 64))
-    assert backend.describe()["images"] == {"tensorrt": 1, "torch": 2}
-    assert len(workshop.built) == 2
+    told = backend.describe()
+    assert told["images"] == {"tensorrt": 1, "torch": 2} and len(workshop.built) == 2
+    assert told["backend"] == "tensorrt (1 image) and torch (2 images)"
 
 
 def test_out_of_memory_says_what_to_lower(workshop):
@@ -124,7 +127,9 @@ def test_bf16_needs_tensorrt_10(workshop, monkeypatch):
 
 
 def test_model_on_the_cpu_is_refused_with_what_to_change(tmp_path):
-    with pytest.raises(MissingDependencyError, match=r"on cpu.*MODEL\.DEVICE cuda, or MODEL\.BACKEND torch"):
+    with pytest.raises(
+        MissingDependencyError, match=r"(?s)a GPU: .*MODEL\.DEVICE.*cpu.*MODEL\.BACKEND torch"
+    ):
         make_backend()
     backend = make_backend(model := TinyModel(), ON_ERROR="torch")
     backend.prepare()
@@ -134,16 +139,151 @@ def test_model_on_the_cpu_is_refused_with_what_to_change(tmp_path):
         backend.entry(backend.options.shapes)
 
 
-def test_missing_tensorrt_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(TensorRTBackend, "_require", lambda self: compat.tensorrt())
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    compat.tensorrt.cache_clear()
-    with pytest.raises(MissingDependencyError, match="pip install tensorrt"):
-        make_backend()
-
-
 def test_wrong_key_is_an_error_even_with_a_fallback(workshop):
     cfg = make_cfg(ON_ERROR="torch")
     cfg.MODEL.TENSORRT.PRECISION = "fp8"
     with pytest.raises(OptionsError, match=r"MODEL\.TENSORRT\.PRECISION is 'fp8'"):
         TensorRTBackend(TinyModel(), cfg)
+    workshop.fail = OptionsError("MODEL.TENSORRT.FP32_MODULES")  # what only the model tells
+    for _ in range(2):
+        with pytest.raises(OptionsError):
+            make_backend(ON_ERROR="torch").prepare()
+
+
+# Every failure of loading, building and running
+
+
+def out_of_memory(*_):
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+
+
+def no_memory_for_a_context(*_):
+    raise BuildError("the engine has no execution context:\n  [double] none")
+
+
+def no_memory_to_deserialize(*_):
+    raise BuildError(
+        "the engine does not load:\n  Requested amount of GPU memory (9 bytes) could not be allocated"
+    )
+
+
+def not_started(*_):
+    raise TypeError("pybind11::init(): factory function returned nullptr")
+
+
+def bug(*_):
+    raise AssertionError
+
+
+FAILURES = [out_of_memory, no_memory_for_a_context, no_memory_to_deserialize, not_started, bug]
+OF_MEMORY = FAILURES[:3]
+
+
+@pytest.mark.parametrize("fail", FAILURES)
+def test_cached_engine_that_cannot_be_loaded_leaves_the_images_to_pytorch(
+    workshop, monkeypatch, fail, caplog
+):
+    make_backend().prepare()
+    monkeypatch.setattr(backend_module, "Engine", fail)
+    if fail in OF_MEMORY:
+        workshop.fail = AssertionError("nothing was to be built")
+    backend = make_backend(model := TinyModel(), ON_ERROR="torch")
+    for _ in range(2):
+        assert equal(backend(images()), model.core(images()))
+    assert caplog.text.count("PyTorch runs the network") == 1
+    assert backend.describe()["images"] == {"tensorrt": 0, "torch": 2}
+    assert backend.describe()["backend"].startswith("torch (fallback: ")
+
+
+@pytest.mark.parametrize("fail", OF_MEMORY)
+def test_memory_that_runs_out_in_loading_leaves_the_entry_and_says_what_to_lower(
+    workshop, monkeypatch, tmp_path, fail
+):
+    make_backend().prepare()
+    kept = {path: path.read_bytes() for path in (tmp_path / "d2_trt").glob("*.engine")}
+    backend = make_backend()
+    with monkeypatch.context() as patch:
+        patch.setattr(backend_module, "Engine", fail)
+        with pytest.raises(
+            GPUMemoryError, match=r"to load the engine.*Lower MODEL\.TENSORRT\.MAX_BATCH_SIZE"
+        ):
+            backend.prepare()
+    assert len(workshop.built) == 1
+    assert {path: path.read_bytes() for path in (tmp_path / "d2_trt").glob("*.engine")} == kept
+    backend.prepare()  # memory has become free
+    assert len(workshop.built) == 1 and workshop.deserialized == 2
+
+
+def test_engine_is_loaded_once_pytorch_gives_its_unused_memory_back(workshop, monkeypatch):
+    make_backend().prepare()
+    monkeypatch.setattr(backend_module, "Engine", out_of_memory)
+    monkeypatch.setattr(
+        torch.cuda, "empty_cache", lambda: monkeypatch.setattr(backend_module, "Engine", workshop.engine)
+    )
+    backend = make_backend()
+    backend(images())
+    assert backend.describe()["images"] == {"tensorrt": 1, "torch": 0} and len(workshop.built) == 1
+
+
+def engine_did_not_run(*_):
+    raise BuildError("the engine did not run:\n  [double] refused")
+
+
+@pytest.mark.parametrize("fail", [engine_did_not_run, out_of_memory, bug])
+def test_engine_that_does_not_run_leaves_the_image_to_pytorch(workshop, fail, caplog):
+    backend = make_backend(model := TinyModel(), ON_ERROR="torch")
+    backend(images())
+    workshop.disturb = fail
+    for _ in range(2):
+        assert equal(backend(images()), model.core(images()))
+    workshop.disturb = lambda *outputs: outputs
+    backend(images())
+    told = backend.describe()
+    assert told["images"] == {"tensorrt": 2, "torch": 2} and len(told["reasons"]) == 1
+    assert caplog.text.count("PyTorch runs the network") == 1 and len(workshop.built) == 1
+
+
+def test_engine_that_does_not_run_is_an_error_without_a_fallback(workshop):
+    backend = make_backend()
+    backend.prepare()
+    workshop.disturb = engine_did_not_run
+    with pytest.raises(BuildError, match="did not run"):
+        backend(images())
+    workshop.disturb = out_of_memory
+    with pytest.raises(GPUMemoryError, match=r"CUDA out of memory\. Tried.*MODEL\.TENSORRT\.MAX_BATCH_SIZE"):
+        backend(images())
+    workshop.disturb = bug
+    with pytest.raises(AssertionError):  # a fault of the program shows as one
+        backend(images())
+
+
+@pytest.mark.parametrize("fail", [BuildError("no"), RuntimeError("CUDA error"), TypeError(), OSError("full")])
+def test_build_that_fails_in_any_way_leaves_the_images_to_pytorch(workshop, fail, caplog):
+    workshop.fail = fail
+    backend = make_backend(model := TinyModel(), ON_ERROR="torch")
+    backend.prepare()
+    for _ in range(2):
+        assert equal(backend(images()), model.core(images()))
+    assert len(workshop.built) == 1 and caplog.text.count("PyTorch runs the network") == 1
+
+
+def test_tensorrt_that_does_not_start_says_why(trt, monkeypatch):  # noqa: F811
+    class Builder:
+        def __init__(self, log):
+            log.log(log_level.ERROR, said)
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    log_level = builder.compat.tensorrt().ILogger.Severity
+    said = "CUDA initialization failure with error: 35"
+    spec = BuildSpec((1, 64, 64), (1, 64, 64), (1, 64, 64))
+    monkeypatch.setattr(trt, "Builder", Builder)
+    with pytest.raises(
+        MissingDependencyError, match=r"cannot use this GPU \(CUDA initialization.*35\).*nvidia-smi"
+    ):
+        builder.build_engine(TinyModel(), spec, images(1, 64, 64))
+    said = "CUDA initialization failure with error: 2 (out of memory)"
+    with pytest.raises(GPUMemoryError, match=r"no memory left for TensorRT .* Free some"):
+        builder.build_engine(TinyModel(), spec, images(1, 64, 64))
+    log = builder.trt_logger()
+    with pytest.raises(GPUMemoryError, match="no memory left"), builder.starting(log):
+        Builder(log)

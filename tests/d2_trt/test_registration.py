@@ -48,9 +48,8 @@ def test_errors_are_those_that_tools_of_mask2former_know():
 @pytest.mark.parametrize("backend", ["torch", "tensorrt"])
 def test_meta_architecture_runs_tensorrt_whatever_the_backend_says(backend, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("d2_trt"), "propagate", True)
-    cfg = mini_cfg(
-        "resnet50-mini", ("MODEL.META_ARCHITECTURE", "TensorRTMaskFormer", "MODEL.BACKEND", backend)
-    )
+    opts = ("MODEL.META_ARCHITECTURE", "TensorRTMaskFormer", "MODEL.BACKEND", backend)
+    cfg = mini_cfg("resnet50-mini", (*opts, "MODEL.TENSORRT.ON_ERROR", "torch"))
     model = build_model(cfg)
     assert model.backend_name == "tensorrt" and isinstance(model, d2_trt.TensorRTMaskFormer)
     plain = build_model(mini_cfg("resnet50-mini"))
@@ -61,6 +60,7 @@ def test_meta_architecture_runs_tensorrt_whatever_the_backend_says(backend, capl
 def test_meta_architecture_says_which_backend_it_does_not_use(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("d2_trt"), "propagate", True)
     opts = ("MODEL.META_ARCHITECTURE", "TensorRTMaskFormer", "MODEL.BACKEND", "onnx")
+    opts += ("MODEL.TENSORRT.ON_ERROR", "torch")
     assert build_model(mini_cfg("resnet50-mini", opts)).backend_name == "tensorrt"
     assert caplog.text.count("MODEL.BACKEND onnx is not used") == 1
 

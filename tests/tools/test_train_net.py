@@ -14,6 +14,7 @@ import torch
 from detectron2.modeling import build_model
 from torch.multiprocessing import ProcessExitedException
 
+from d2_trt import requirements
 from mask2former import get_mask2former_cfg
 from mask2former.backend import BackendError
 from mask2former.data.datasets.shapes import register_shapes
@@ -344,7 +345,8 @@ def test_mistakes_in_the_backends_keys(run, available, override, message):
 
 
 @pytest.mark.parametrize("choice", [("MODEL.BACKEND",), ("MODEL.META_ARCHITECTURE",)])
-def test_batches_that_the_engine_would_not_take(run, available, train_net, choice):
+def test_batches_that_the_engine_would_not_take(run, available, train_net, choice, monkeypatch):
+    monkeypatch.setattr(requirements, "require", lambda *_, **__: None)
     name = "tensorrt" if choice[0] == "MODEL.BACKEND" else "TensorRTMaskFormer"
     words = ["--eval-only", "--config-file", CONFIG, "MODEL.DEVICE", "cpu", *choice, name]
     words += ["TEST.BATCH_SIZE", "4", "MODEL.TENSORRT.MAX_BATCH_SIZE", "2"]
@@ -366,22 +368,34 @@ def drawn(datasets, tmp_path, monkeypatch) -> list[str]:
     return [*words, "INPUT.MIN_SIZE_TEST", "64", "DATALOADER.NUM_WORKERS", "0"]
 
 
-def test_backend_that_cannot_run_ends_in_one_message(train_net, drawn, capsys):
-    assert train_net.run([*TENSORRT, *drawn]) == 2
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("choice", [TENSORRT[5:], ("MODEL.META_ARCHITECTURE", "TensorRTMaskFormer")])
+def test_backend_that_cannot_run_ends_in_one_message(train_net, drawn, capsys, no_gpu, device, choice):
+    assert train_net.run([*TENSORRT[:3], "MODEL.DEVICE", device, *choice, *drawn]) == 2
     message = capsys.readouterr().err
-    assert message.count("runs on an NVIDIA GPU, but the model is on cpu") == 1
-    assert "Set MODEL.DEVICE cuda, or MODEL.BACKEND torch" in message and "Traceback" not in message
+    assert message.count("runs on an NVIDIA GPU, by TensorRT and torch2trt. Missing: a GPU") == 1
+    assert (
+        "To do without: MODEL.BACKEND torch with MODEL.DEVICE cpu" in message and "Traceback" not in message
+    )
+    assert "Add MODEL.DEVICE cpu" not in message
 
 
-def test_fallback_is_told_in_the_results(train_net, drawn, tmp_path):
-    assert train_net.run([*TENSORRT, *drawn, "MODEL.TENSORRT.ON_ERROR", "torch"]) == 0
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fallback_is_told_in_the_results(train_net, drawn, tmp_path, no_gpu, device):
+    words = [*TENSORRT[:3], *TENSORRT[5:], "MODEL.DEVICE", device, *drawn, "MODEL.TENSORRT.ON_ERROR", "torch"]
+    assert train_net.run(words) == 0
     results = json.loads((tmp_path / "inference" / "results.json").read_text())
     told = results["backend"]
     assert told["backend"].startswith("torch (fallback: MODEL.BACKEND 'tensorrt' runs on an NVIDIA GPU")
     assert told["images"] == {"tensorrt": 0, "torch": 5}
     assert results["trainnetdrawn_val_sem_seg"]["sem_seg"]["pACC"] >= 0
     log = (tmp_path / "log.txt").read_text()
-    assert log.count("PyTorch runs the network (MODEL.TENSORRT.ON_ERROR torch)") == 1
+    assert log.count("PyTorch runs the network on cpu (MODEL.TENSORRT.ON_ERROR torch)") == 1
     assert "The network was run by torch (fallback" in log
 
 

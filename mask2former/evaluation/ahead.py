@@ -1,0 +1,89 @@
+"""What an evaluation is going to run, told to the backend before it starts."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .test_loader import build_test_loader
+
+Size = tuple[int, int]
+
+
+class ImagesAhead:
+    """The images of data sets that this process is going to run, by the loaders that give them."""
+
+    def __init__(self, cfg: CfgNode, names: Sequence[str]):
+        """
+        Args:
+            names: of data sets. They are read when something is asked of them.
+        """
+        self._cfg = cfg
+        self._names = list(names)
+        self._loaders: dict[str, DataLoader] = {}
+
+    def take_loader(self, name: str) -> DataLoader:
+        """The loader of a data set, which is not kept."""
+        self._loader(name)
+        return self._loaders.pop(name)
+
+    def examples(self, count: int) -> list[Tensor]:
+        """Up to so many images, from all over the data sets: (C, height, width), resized, not padded.
+
+        What cannot be read is left out: the evaluation will name it.
+        """
+        places = [
+            (self._loader(name), i) for name in self._names for i in self._loader(name).batch_sampler.sampler
+        ]
+        count = min(count, len(places))
+        chosen = [places[i * len(places) // count] for i in range(count)]
+        inputs = [loader.dataset[i] for loader, i in chosen]
+        return [one["image"] for one in inputs if isinstance(one, dict)]
+
+    def sizes(self, multiple: int) -> Counter[tuple[int, int, int]] | None:
+        """How often each (batch, height, width) comes, padded to a multiple; None where the records do not tell."""
+        resized = _resizing(self._cfg)
+        if resized is None:
+            return None
+        counts: Counter[tuple[int, int, int]] = Counter()
+        for name in self._names:
+            loader = self._loader(name)
+            for batch in loader.batch_sampler:
+                sizes = [loader.record_sizes[i] for i in batch]
+                if None in sizes:
+                    return None
+                largest = map(max, zip(*(resized(size) for size in sizes)))
+                counts[(len(batch), *(-(-n // multiple) * multiple for n in largest))] += 1
+        return counts
+
+    def _loader(self, name: str) -> DataLoader:
+        if name not in self._loaders:
+            self._loaders[name] = build_test_loader(self._cfg, name)
+        return self._loaders[name]
+
+
+def _resizing(cfg: CfgNode) -> Callable[[Size], Size] | None:
+    """(height, width) of an image -> what the test loader makes of it; None where that is left to chance, or not known."""
+    augmentations = build_augmentation(cfg, is_train=False)
+    for one in augmentations:
+        if type(one) is not ResizeShortestEdge or one.is_range or len(set(one.short_edge_length)) != 1:
+            return None
+
+    @functools.cache
+    def resized(size: Size) -> Size:
+        for one in augmentations:
+            # It looks at the shape alone; this array takes no memory.
+            transform = one.get_transform(np.broadcast_to(np.uint8(0), (*size, 3)))
+            if isinstance(transform, ResizeTransform):
+                size = (int(transform.new_h), int(transform.new_w))
+        return size
+
+    return resized
