@@ -45,7 +45,7 @@ def _gpu(device: torch.device) -> str:
             version = torch.__version__.split("+")[0]
             return (
                 f"PyTorch {torch.__version__} is built without CUDA. PyPI's for Linux is built with it: `pip install "
-                f"--force-reinstall torch=={version} --index-url https://pypi.org/simple`{then}"
+                f"--force-reinstall torch=={version}`{then}"
             )
         return f"PyTorch {torch.__version__} sees none. `nvidia-smi` tells whether the driver does{then}"
     if device.type != "cuda":
