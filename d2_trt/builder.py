@@ -67,7 +67,9 @@ def trt_logger(hear: Callable[[str], None] | None = None):
                 self.warnings.append(message)
             if hear is not None:
                 hear(message)
-            target.log(levels[level], message)
+            # Of every execution context, one for each shape that has a graph.
+            often = level == severity.INFO and message.startswith(("[MS]", "[MemUsageChange]"))
+            target.log(levels[severity.VERBOSE if often else level], message)
 
     return Bridge()
 

@@ -169,6 +169,18 @@ def test_timings_combine_only_with_their_own_kind(trt):  # noqa: F811
 # Failures
 
 
+def test_what_tensorrt_says_of_every_context_is_not_for_detectron2s_loggers(trt, monkeypatch):  # noqa: F811
+    """Those show DEBUG, and every shape that has a graph has a context."""
+    shown = []
+    monkeypatch.setattr(logging.getLogger("d2_trt.tensorrt"), "log", lambda *record: shown.append(record))
+    log, level = builder.trt_logger(), trt.ILogger.Severity
+    log.log(level.INFO, "[MS] Number of aux streams is 4")
+    log.log(level.INFO, "[MemUsageChange] Init CUDA: CPU +1")
+    log.log(level.INFO, "Detected 1 inputs and 2 output network tensors.")
+    log.log(level.WARNING, "[MS] a warning")
+    assert [number for number, _ in shown] == [5, 5, logging.DEBUG, logging.WARNING]
+
+
 def test_failed_build_tells_tensorrts_own_messages(trt, monkeypatch):  # noqa: F811
     layer = "model.backbone:0:CONVOLUTION"
     fail_with(
