@@ -82,7 +82,7 @@ def test_plugin_gets_the_types_that_the_policy_gives_its_neighbours(
     for layer in plugin_layers(network):
         assert [layer.get_input(i)._kept_dtype.name for i in range(2)] == wanted
         assert layer.get_input(2).dtype.name == "INT32"
-        assert layer.get_output(0).dtype.name == wanted[0]
+        assert layer.get_output(0)._kept_dtype.name == wanted[0]
     assert ("attention_weights" not in products(network)) == joined
     computed = {
         row["name"].split(":")[0].rpartition(".")[2]: row["compute"]

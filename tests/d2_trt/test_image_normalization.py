@@ -82,7 +82,7 @@ def test_image_of_a_model_is_normalised_by_one_layer(registered, monkeypatch):
     spec = BuildSpec(**STATIC, normalization="plugin", msda="plugin", precision="fp16")
     network = trace(registered, builder.Core(model), spec, monkeypatch)
     (layer,) = [x for x in plugin_layers(network) if x.plugin._name == plugin.NORMALIZE_IMAGES.name]
-    assert layer.get_input(0).name == "images" and layer.get_output(0).dtype.name == "HALF"
+    assert layer.get_input(0).name == "images" and layer.get_output(0)._kept_dtype.name == "HALF"
     (first,) = layer.get_output(0)._consumers
     assert first.type.name == "CONVOLUTION"
 

@@ -58,8 +58,8 @@ class FakeTensor(ApiObject):
 
     @property
     def dtype(self):
-        weak = not self._network._strong
-        if self._producer is not None and weak and self._producer._is_float(self._kept_dtype):
+        inner = self._producer is not None and self._producer._type != "CONSTANT"
+        if inner and not self._network._strong and self._producer._is_float(self._kept_dtype):
             # What TensorRT 8.6.0 says of inner tensors, whatever their layers were told.
             return self._api.trt.float32
         return self._kept_dtype
