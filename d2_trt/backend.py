@@ -465,7 +465,6 @@ class TensorRTBackend:
                 "model": cache_key.model_sources(self._model),
                 "detectron2": detectron2.__version__,
                 "torch": torch.__version__,
-                "torch2trt": cache_key.package_version("torch2trt"),
             },
             plugins=plugin.identities({n: getattr(spec, n.lower()) for n in plugin.OPTIONS}),
             **identity,

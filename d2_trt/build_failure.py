@@ -13,6 +13,8 @@ from .logging import get_logger
 
 logger = get_logger(__name__)
 
+NO_CONTEXT = "the engine has no execution context:"
+
 
 def build_failure(
     messages: Iterable[str],
@@ -63,11 +65,13 @@ def is_about_memory(message: str) -> bool:
 
 
 def is_memory_error(error: Exception) -> bool:
-    """Whether an engine does not load for want of memory, which TensorRT tells in its messages, and by no context."""
+    """Whether an engine does not load for want of memory, which TensorRT tells in its messages, or by a missing context
+    without any.
+    """
     return (
         isinstance(error, (torch.cuda.OutOfMemoryError, GPUMemoryError))
         or is_about_memory(str(error))
-        or "no execution context" in str(error)
+        or str(error).strip() == NO_CONTEXT
     )
 
 

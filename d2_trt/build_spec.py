@@ -82,7 +82,7 @@ def check_fp32_modules(patterns: Sequence[str], model: nn.Module) -> None:
     """
     known = {"default", *DEFAULT_FP32_MODULES, *FP32_MODULES_WITH_ATTENTION}
     # The model itself, "", has operations of its own too.
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    names = [name for name, _ in model.named_modules()]  # a shared one has its first name while it is traced
     for pattern in patterns:
         if pattern in known or any(pattern_covers(pattern, name) for name in names):
             continue

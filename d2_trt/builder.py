@@ -197,7 +197,8 @@ def build_engine(
     Raises:
         ConversionError: see trace.
         MissingDependencyError: this TensorRT or this GPU lacks the precision.
-        BuildError: TensorRT built nothing, with its own messages; or memory ran out.
+        BuildError: TensorRT built nothing, with its own messages.
+        GPUMemoryError: memory ran out.
         KeyboardInterrupt: on Ctrl-C; see progress.run.
     """
     check_precision(spec.precision, images.device)
@@ -206,7 +207,7 @@ def build_engine(
         with current:
             built = _build(model, spec, images, timing_cache or b"")
     except torch.cuda.OutOfMemoryError as error:
-        raise BuildError(
+        raise GPUMemoryError(
             f"the GPU's memory ran out while the model was traced ({first_line(error)})"
             f"{memory_hint(spec, images.device)}"
         ) from error
@@ -267,7 +268,8 @@ def _build(
     plan = progress.run(build, doing, images.device)
     report.build_seconds = time.perf_counter() - started
     if plan is None:
-        raise BuildError(build_failure(log.errors, spec, log.warnings, images.device))
+        kind = GPUMemoryError if any(map(is_about_memory, log.errors)) else BuildError
+        raise kind(build_failure(log.errors, spec, log.warnings, images.device))
     plan = bytes(plan)
     report.engine_bytes = len(plan)
     if timed is not None:

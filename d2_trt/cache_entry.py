@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .cache_files import readable, timestamp
-from .cache_key import FORMAT, digest
+from .cache_key import FORMAT, digest, package_version
 from .errors import CacheError
 
 
@@ -83,6 +83,8 @@ def make_sidecar(
             "host": platform.node(),
             "pid": os.getpid(),
             "python": platform.python_version(),
+            # No ingredient of the key: it hands functions to our converters, and whoever only runs engines has none.
+            "torch2trt": package_version("torch2trt"),
             "seconds": round(seconds, 3),
         },
         "parity": readable(built.parity),

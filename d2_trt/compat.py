@@ -8,7 +8,7 @@ import importlib
 import logging
 import threading
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -203,9 +203,23 @@ def converting(conversion, table: Mapping[str, Mapping]):
             conversion.__enter__()
             for (owner, name), function in zip(sizes, plain):
                 setattr(owner, name, function)
+            for entry in table.values():
+                owner, name = _place(entry)
+                setattr(owner, name, _in_this_thread(getattr(owner, name), entry["method_impl"]))
             yield
         finally:
             conversion.__exit__(None, None, None)
+
+
+def _in_this_thread(hooked: Callable, original: Callable) -> Callable:
+    """What calls `hooked` in the thread that asks for it, and `original` in all others, whose work is not the model's."""
+    tracing = threading.get_ident()
+
+    @functools.wraps(original)
+    def call(*args, **kwargs):
+        return (hooked if threading.get_ident() == tracing else original)(*args, **kwargs)
+
+    return call
 
 
 def _place(entry: Mapping) -> tuple[object, str]:

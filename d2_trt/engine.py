@@ -7,6 +7,7 @@ import threading
 import torch
 
 from . import compat
+from .build_failure import NO_CONTEXT
 from .builder import INPUT, OUTPUTS, starting, trt_logger
 from .cuda_graphs import CapturedRun, GraphCache
 from .errors import BuildError, EngineShapeError
@@ -153,7 +154,7 @@ class Engine:
 
     def _checked(self, context):
         if context is None:  # how TensorRT says that its memory does not suffice
-            raise BuildError("the engine has no execution context:\n  " + "\n  ".join(self._log.errors[-3:]))
+            raise BuildError(NO_CONTEXT + "\n  " + "\n  ".join(self._log.errors[-3:]))
         if self._auxiliary.handles:  # one run at a time: all contexts have the same
             context.set_aux_streams(self._auxiliary.handles)
         return context

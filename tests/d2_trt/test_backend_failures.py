@@ -158,7 +158,13 @@ def out_of_memory(*_):
 
 
 def no_memory_for_a_context(*_):
-    raise BuildError("the engine has no execution context:\n  [double] none")
+    raise BuildError(
+        "the engine has no execution context:\n  Error Code 2: OutOfMemory (Requested size was 9 bytes.)"
+    )
+
+
+def no_context_and_no_word(*_):
+    raise BuildError("the engine has no execution context:\n  ")
 
 
 def no_memory_to_deserialize(*_):
@@ -175,8 +181,8 @@ def bug(*_):
     raise AssertionError
 
 
-FAILURES = [out_of_memory, no_memory_for_a_context, no_memory_to_deserialize, not_started, bug]
-OF_MEMORY = FAILURES[:3]
+OF_MEMORY = [out_of_memory, no_memory_for_a_context, no_context_and_no_word, no_memory_to_deserialize]
+FAILURES = [*OF_MEMORY, not_started, bug]
 
 
 @pytest.mark.parametrize("fail", FAILURES)

@@ -48,9 +48,10 @@ def test_edit_of_the_network_is_another_engine_and_of_the_rest_is_not(tmp_path, 
     assert (key() != before) == counts
 
 
-def test_another_torch2trt_is_another_engine(tmp_path, monkeypatch):
+def test_who_only_runs_engines_needs_no_torch2trt(tmp_path, monkeypatch):
+    """The key is the same with any torch2trt and with none; the sidecar tells which one it was."""
     monkeypatch.delitem(sys.modules, "torch2trt", raising=False)
-    keys = set()
+    keys, versions = {key()}, set()
     for number in range(2):
         folder = tmp_path / str(number) / "torch2trt"
         folder.mkdir(parents=True)
@@ -58,7 +59,8 @@ def test_another_torch2trt_is_another_engine(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(folder.parent)
         importlib.invalidate_caches()
         keys.add(key())
-    assert len(keys) == 2
+        versions.add(cache_key.package_version("torch2trt"))
+    assert len(keys) == 1 and len(versions) == 2
 
 
 def test_missing_package_has_a_version_too():

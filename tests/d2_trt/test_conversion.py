@@ -6,6 +6,8 @@ and run real engines.
 
 from __future__ import annotations
 
+from threading import Thread, get_ident
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 
 from d2_trt import builder, compat
 from d2_trt.build_spec import BuildSpec
+from d2_trt.converters import registry
 from d2_trt.errors import ConversionError
 from mask2former.modeling import shape_ops
 from tests.doubles import conversion
@@ -183,6 +186,28 @@ def test_function_equals_pytorch(trt, name, shapes, monkeypatch):  # noqa: F811
 def test_tensors_are_no_sequences_after_a_trace(trt, monkeypatch):  # noqa: F811
     trace(trt, Wrapped(FUNCTIONS["index that drops a dimension"]), BuildSpec(**STATIC), monkeypatch)
     assert torch.as_tensor([torch.tensor(3), torch.tensor(4)]).tolist() == [3, 4]
+
+
+def test_what_other_threads_compute_meanwhile_is_not_converted(trt, monkeypatch):  # noqa: F811
+    threads, made = set(), []
+    convert = registry.convert
+    monkeypatch.setattr(
+        registry, "convert", lambda *args, **kw: (threads.add(get_ident()), convert(*args, **kw))
+    )
+
+    def elsewhere():
+        made.append(torch.cat([torch.ones(2), torch.zeros(1).clone()]) + 1)
+
+    def function(x):
+        thread = Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        return F.relu(x) * 2
+
+    network = trace(trt, Wrapped(function), BuildSpec(**STATIC), monkeypatch)
+    assert threads == {get_ident()} and made[0].tolist() == [2, 2, 1]
+    images = random_images(TRACED)
+    assert torch.equal(network.evaluate({"images": images})["pred_masks"], images * 2)
 
 
 @pytest.mark.tensorrt
