@@ -15,6 +15,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #define D2_TRT_EMULATED
@@ -101,7 +102,21 @@ inline void enter() {
     swapcontext(&lane().context, &block->scheduler);
 }
 
+// Memory that a kernel may read, where whoever runs it has said: more is an error, also of what is not used then.
+inline std::vector<std::pair<char const*, std::size_t>> readable;
+
+inline void check_read(void const* from, std::size_t bytes) {
+    auto const* const first = static_cast<char const*>(from);
+    for (auto const& [start, size] : readable) {
+        if (first >= start && first + bytes <= start + size) return;
+    }
+    if (readable.empty()) return;
+    std::fprintf(stderr, "%zu bytes are read outside of the tensors\n", bytes);
+    std::abort();
+}
+
 // Runs a kernel for every block of a grid, `cluster` of them along x at a time. backwards: the last thread has the first turn.
+// The block that has it goes as far as it comes before others of its cluster begin.
 inline void run(
     Index grid, int threads, std::size_t shared_bytes, bool backwards, std::function<void()> const& kernel, int cluster = 1) {
     Block running;
@@ -129,16 +144,21 @@ inline void run(
                     l.context.uc_link = nullptr;
                     makecontext(&l.context, &enter, 0);
                 }
+                bool ahead = cluster > 1;
                 for (bool left = true; left;) {
-                    left = false;
+                    left = ahead;
                     running.moved = false;
-                    for (int i = 0; i < all; ++i) {
+                    for (int i = 0; i < (ahead ? threads : all); ++i) {
                         running.current = backwards ? all - 1 - i : i;
                         if (lane().done) continue;
                         left = true;
                         threadIdx = {running.current % threads, 0, 0};
                         blockIdx = {x + running.current / threads, y, z};
                         swapcontext(&running.scheduler, &lane().context);
+                    }
+                    if (ahead) {
+                        ahead = running.moved;
+                        continue;
                     }
                     if (left && !running.moved) {
                         std::fprintf(stderr, "block (%d, %d, %d) waits for itself\n", x, y, z);
@@ -325,6 +345,7 @@ inline void copy_async(void* to, void const* from, bool clear) {
         std::fprintf(stderr, "a copy of 16 bytes is not aligned to them\n");
         std::abort();
     }
+    if (!clear) emulation::check_read(from, 16);
     emulation::lane().copies.push_back([=] { clear ? std::memset(to, 0, 16) : std::memcpy(to, from, 16); });
 }
 inline void end_copies() { emulation::lane().groups.push_back(std::move(emulation::lane().copies)); }
@@ -339,6 +360,7 @@ void wait_copies() {
 
 template <typename V>
 V load(V const* from) {
+    emulation::check_read(from, sizeof(V));
     return *from;
 }
 

@@ -53,9 +53,27 @@ extern "C" int emulate_mlp(
     p.chain.layers = sizes[11];
     std::copy(sizes + 12, sizes + 13 + p.chain.layers, p.chain.widths);
     p.epsilon = epsilon;
-    switch (sizes[4]) {
-        case 0: return run_plan<Operands<Split>>(p, sizes);
-        case 1: return run_plan<Operands<Half>>(p, sizes);
-        default: return run_plan<Operands<BFloat16>>(p, sizes);
+    auto const say = [](void const* tensor, std::int64_t bytes) {
+        emulation::readable.emplace_back(static_cast<char const*>(tensor), static_cast<std::size_t>(bytes));
+    };
+    auto const bytes_of = [](int type) { return type == kElementFloat ? 4 : 2; };
+    std::int64_t const first = p.chain.widths[0], last = p.chain.widths[p.chain.layers];
+    std::int64_t parameters = 0, columns = 0;
+    for (int i = 0; i < p.chain.layers; ++i) {
+        parameters += std::int64_t{p.chain.widths[i]} * p.chain.widths[i + 1];
+        columns += p.chain.widths[i + 1];
     }
+    say(x, p.rows * first * bytes_of(p.x_type));
+    say(weights, parameters * bytes_of(sizes[4]));
+    say(biases, columns * 4);
+    say(norm, 2 * first * 4);
+    if (residual != nullptr) say(residual, p.rows * last * bytes_of(p.residual_type));
+    int blocks = 0;
+    switch (sizes[4]) {
+        case 0: blocks = run_plan<Operands<Split>>(p, sizes); break;
+        case 1: blocks = run_plan<Operands<Half>>(p, sizes); break;
+        default: blocks = run_plan<Operands<BFloat16>>(p, sizes); break;
+    }
+    emulation::readable.clear();  // other kernels' libraries have the same variable
+    return blocks;
 }
