@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 
-REPO = Path(__file__).resolve().parents[2]
+from tests.mask2former.native_library import library
+
 FIELDS = (
     "batch",
     "queries",
@@ -35,27 +31,11 @@ class Arguments(ctypes.Structure):
     ]
 
 
-def compiler() -> str | None:
-    return shutil.which("g++") or shutil.which("clang++")
-
-
-@functools.lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp(prefix="attention-emulation-"))
-    target = folder / "attention.so"
-    flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", f"-I{REPO / 'csrc'}"]
-    source = REPO / "tests" / "native" / "attention.cpp"
-    subprocess.run([compiler(), *flags, str(source), "-o", str(target)], check=True)
-    library = ctypes.CDLL(str(target))
-    shutil.rmtree(folder)
-    return library
-
-
 def splits(batch, queries, keys, heads, multiprocessors) -> tuple[int, int]:
     """Splits of all images that a call has in the workspace, and at most has with these sizes or smaller ones."""
     needed, most = ctypes.c_int64(), ctypes.c_int64()
     sizes = map(ctypes.c_int64, (batch, queries, keys, heads, multiprocessors))
-    _library().plan_splits(*sizes, ctypes.byref(needed), ctypes.byref(most))
+    library("attention").plan_splits(*sizes, ctypes.byref(needed), ctypes.byref(most))
     return needed.value, most.value
 
 
@@ -124,7 +104,7 @@ def attention(
         inputs["mask_embed"], inputs["features"] = _guarded(mask_embed.float()), _guarded(mask_features)
         arguments.mask_embed = inputs["mask_embed"].data_ptr()
         arguments.features = inputs["features"].data_ptr()
-    _library().emulate_attention(ctypes.byref(arguments), int(q.dtype == torch.bfloat16))
+    library("attention").emulate_attention(ctypes.byref(arguments), int(q.dtype == torch.bfloat16))
     assert out[-8:].isnan().all(), "the kernel wrote past the end"
     return out[:-8].view(batch, queries, channels)
 
@@ -137,7 +117,7 @@ def mask_product(mask_embed, features, *, multiprocessors=6):
     out = torch.full((batch * queries * pixels + 8,), float("nan"))
     sizes = map(ctypes.c_int64, (batch, queries, pixels, channels, multiprocessors))
     addresses = map(ctypes.c_void_p, (embed.data_ptr(), features.data_ptr(), out.data_ptr()))
-    _library().emulate_mask_product(*addresses, *sizes, int(features.dtype == torch.bfloat16))
+    library("attention").emulate_mask_product(*addresses, *sizes, int(features.dtype == torch.bfloat16))
     assert out[-8:].isnan().all(), "the kernel wrote past the end"
     return out[:-8].view(batch, queries, pixels)
 
@@ -149,5 +129,5 @@ def resize_mask_features(features, size):
     out = torch.full((batch, size[0] * size[1], channels), float("nan"), dtype=features.dtype)
     sizes = map(ctypes.c_int64, (batch, height, width, channels, *size))
     addresses = (ctypes.c_void_p(features.data_ptr()), ctypes.c_void_p(out.data_ptr()))
-    _library().emulate_resize(*addresses, *sizes, int(features.dtype == torch.bfloat16))
+    library("attention").emulate_resize(*addresses, *sizes, int(features.dtype == torch.bfloat16))
     return out

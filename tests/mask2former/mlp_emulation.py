@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 
 from mask2former.modeling.transformer_decoder import mlp_cuda
-from tests.mask2former.attention_emulation import REPO, compiler
+from tests.mask2former.native_library import library
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-
-@functools.lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp(prefix="mlp-emulation-"))
-    target = folder / "mlp.so"
-    flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", f"-I{REPO / 'csrc'}"]
-    source = REPO / "tests" / "native" / "mlp.cpp"
-    subprocess.run([compiler(), *flags, str(source), "-o", str(target)], check=True)
-    library = ctypes.CDLL(str(target))
-    shutil.rmtree(folder)
-    return library
 
 
 def _guarded(tensor: torch.Tensor) -> torch.Tensor:
@@ -79,7 +62,7 @@ def mlp(
     while not made:
         sizes = [parts, multiprocessors, shared_bytes, int(backwards), *types, int(after)]
         sizes += [x.numel() // widths[0], len(weights), *widths]
-        made = _library().emulate_mlp(
+        made = library("mlp").emulate_mlp(
             *(ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in given.values()),
             (ctypes.c_int32 * len(sizes))(*sizes),
             ctypes.c_float(eps),

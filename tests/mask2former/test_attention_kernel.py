@@ -11,12 +11,13 @@ import torch
 
 from mask2former.modeling.transformer_decoder import attention_cuda
 from tests.mask2former import attention_emulation
+from tests.mask2former.native_library import compiler
 
 F16, BF16 = torch.float16, torch.bfloat16
 # Weights and results are rounded to 11 and 8 bits.
 TOLERANCE = {F16: 1e-3, BF16: 8e-3}
 
-needs_compiler = pytest.mark.skipif(attention_emulation.compiler() is None, reason="needs g++ or clang++")
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="needs g++ or clang++")
 
 
 def definition(q, k, v, heads, mask_embed=None, mask_features=None, mask_logits=None):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mask2former import kernels
 from mask2former.modeling.transformer_decoder import mlp_cuda
 from tests.mask2former import mlp_emulation
-from tests.mask2former.attention_emulation import compiler
+from tests.mask2former.native_library import compiler
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Weights, and what is between layers, are rounded to 16, 11 and 8 bits.

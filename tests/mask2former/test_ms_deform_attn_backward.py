@@ -7,11 +7,6 @@ run the compiled one. Under NVIDIA's checker: tools/sanitize_kernels.py.
 from __future__ import annotations
 
 import ctypes
-import functools
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,20 +17,8 @@ from mask2former.modeling.pixel_decoder.ms_deform_attn_reference import (
     ms_deform_attn_reference,
     ms_deform_attn_reference_backward,
 )
-from tests.mask2former.attention_emulation import REPO, compiler
+from tests.mask2former.native_library import compiler, library
 from tests.mask2former.test_ms_deform_attn import BF16, F16, F32, PYRAMIDS, error, on_gpu, random_inputs
-
-
-@functools.lru_cache(maxsize=1)
-def emulation() -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp(prefix="deformable-attention-emulation-"))
-    target = folder / "ms_deform_attn_backward.so"
-    flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", f"-I{REPO / 'csrc'}"]
-    source = REPO / "tests" / "native" / "ms_deform_attn_backward.cpp"
-    subprocess.run([compiler(), *flags, str(source), "-o", str(target)], check=True)
-    library = ctypes.CDLL(str(target))
-    shutil.rmtree(folder)
-    return library
 
 
 def emulated(grad, value, offsets, logits, shapes, backwards=False):
@@ -45,7 +28,7 @@ def emulated(grad, value, offsets, logits, shapes, backwards=False):
     addresses = (ctypes.c_void_p * 7)(*(t.data_ptr() for t in (*inputs, *outputs)))
     sizes = (batch, heads, dim, len(shapes), offsets.shape[4], int(backwards))
     levels = [side for shape in shapes for side in shape]
-    emulation().emulate_ms_deform_attn_backward(
+    library("ms_deform_attn_backward").emulate_ms_deform_attn_backward(
         addresses, (ctypes.c_int32 * 6)(*sizes), (ctypes.c_int32 * len(levels))(*levels)
     )
     return outputs

@@ -7,11 +7,6 @@ compiled kernel.
 from __future__ import annotations
 
 import ctypes
-import functools
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +14,7 @@ import torch
 from mask2former import kernels
 from mask2former.modeling import shape_ops
 from mask2former.modeling.backbone import window_attention_cuda
-from tests.mask2former.attention_emulation import REPO, compiler
+from tests.mask2former.native_library import compiler, library
 
 F16, BF16 = torch.float16, torch.bfloat16
 # Weights and results are rounded to 11 and 8 bits.
@@ -64,18 +59,6 @@ def error(actual, expected) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
-@functools.lru_cache(maxsize=1)
-def emulation() -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp(prefix="window-attention-emulation-"))
-    target = folder / "window_attention.so"
-    flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", f"-I{REPO / 'csrc'}"]
-    source = REPO / "tests" / "native" / "window_attention.cpp"
-    subprocess.run([compiler(), *flags, str(source), "-o", str(target)], check=True)
-    library = ctypes.CDLL(str(target))
-    shutil.rmtree(folder)
-    return library
-
-
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
     """A copy at a multiple of 16 bytes, between values that are not numbers."""
     whole = tensor.new_full((tensor.numel() + 128,), float("nan"))
@@ -89,7 +72,7 @@ def emulated(qkv, qkv_bias, bias, window_size, shift, scale, backwards=False):
     qkv, qkv_bias, bias = map(guarded, (qkv, qkv_bias, bias))
     out = guarded(qkv.new_full((batch, height, width, channels // 3), float("nan")))
     sizes = (batch, height, width, heads, channels // 3 // heads, window_size, shift, int(backwards))
-    emulation().emulate_window_attention(
+    library("window_attention").emulate_window_attention(
         *(ctypes.c_void_p(t.data_ptr()) for t in (qkv, qkv_bias, bias, out)),
         (ctypes.c_int32 * 8)(*sizes),
         ctypes.c_float(scale),
