@@ -29,7 +29,7 @@ STATIC = dict.fromkeys(DYNAMIC, (2, 96, 128))
 
 
 def random_images(shape) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) * 255
+    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)), device="cpu") * 255
 
 
 def trace(trt, core, spec, monkeypatch):  # noqa: F811
