@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import accuracy_ledger
+import ledger_images
 import ledger_join
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from ledger_join import TABLES, joined, row_folder, without_engine_keys
 from ledger_markdown import table
 from measurements import MeasurementFile
 
+from mask2former.evaluation import processes
 from tests.d2_trt.backend_helpers import workshop as workshop
 from tests.tools.shapes_checkpoint import CONFIG, REPO, make_checkpoint, overrides
 from tests.tools.shapes_checkpoint import one_thread as one_thread
@@ -63,6 +65,27 @@ def test_counts_of_single_images_give_the_metrics(run, tmp_path, weights):
         assert twice["mIoU"][0] == pytest.approx(values["mIoU"][0]) and twice["mIoU"][1] != twice["mIoU"][0]
     first, second = rows_of(path)
     assert first["se_mIoU"] == "" and float(second["se_mIoU"]) >= 0
+
+
+def test_counts_of_several_processes_are_those_of_one(run, tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+    assert run("--backend", "torch", "--precision", "fp32", "--resume", str(path)) == 0
+    folder = Path(row_folder(str(tmp_path / "work"), rows_of(path)[0])) / "inference"
+    alone = ImageTables.of_predictions(DATASET, folder, 0).arrays
+    monkeypatch.setattr(processes, "_IMAGES_PER_PROCESS", 1)
+    shared_out = []
+    in_processes = processes.in_processes
+
+    def told(work, count):
+        shared_out.append(count)
+        return in_processes(work, count)
+
+    monkeypatch.setattr(ledger_images, "in_processes", told)
+    together = ImageTables.of_predictions(DATASET, folder, 2).arrays
+    assert shared_out == [2, 2]  # PQ and mIoU
+    assert together.keys() == alone.keys() and len(alone) == 7
+    for name, array in alone.items():
+        np.testing.assert_array_equal(together[name], array, err_msg=name, strict=True)
 
 
 def drawn_tables(generator: np.random.Generator, images: int, skill: float) -> ImageTables:
