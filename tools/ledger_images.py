@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import zipfile
@@ -23,6 +24,8 @@ from mask2former.evaluation.processes import in_processes, number_of_processes
 
 # Resamples of the images. The standard error that so many give is itself known to 5 %.
 RESAMPLES = 200
+# Weights of detections that are held at once, 8 bytes each.
+_AT_ONCE = 4_000_000
 
 
 class ImageTables:
@@ -99,12 +102,13 @@ class ImageTables:
         weights = np.asarray(weights, dtype=float)
         values = {}
         if "PQ" in self.arrays:
-            iou, tp, fp, fn = np.einsum("bi,ick->kbc", weights, self.arrays["PQ"])
+            iou, tp, fp, fn = np.moveaxis(np.tensordot(weights, self.arrays["PQ"], 1), -1, 0)
             values["PQ"] = _mean_ratio(iou, tp + (fp + fn) / 2)
         if "AP_image" in self.arrays:
-            values["AP"] = np.array([self._average_precision(row) for row in weights])
+            values["AP"] = self._average_precision(weights)
         if "mIoU" in self.arrays:
-            right, true, predicted = np.einsum("bi,ick->kbc", weights, self.arrays["mIoU"].astype(float))
+            counts = np.tensordot(weights, self.arrays["mIoU"].astype(float), 1)
+            right, true, predicted = np.moveaxis(counts, -1, 0)
             # A class that the images do not have does not count, whatever is predicted.
             values["mIoU"] = _mean_ratio(right, np.where(true > 0, true + predicted - right, 0))
         return values
@@ -117,31 +121,68 @@ class ImageTables:
             self._resampled = self.metrics(weights)
         return self._resampled
 
-    def _average_precision(self, weights: np.ndarray) -> float:
-        """COCO's, over its ten thresholds and 101 recalls."""
-        image, category = self.arrays["AP_image"], self.arrays["AP_category"]
-        instances = weights @ self.arrays["AP_instances"]  # (C,)
-        recalls = np.linspace(0, 1, 101)
-        found = []
-        ends = np.searchsorted(category, np.arange(len(instances) + 1))
-        for index in np.flatnonzero(instances > 0):
-            mine = slice(*ends[index : index + 2])
-            weight = weights[image[mine]]
-            matched, counted = (
-                np.cumsum(self.arrays[name][:, mine] * weight, axis=1)
-                for name in ("AP_matched", "AP_counted")
-            )
-            precision = matched / np.maximum(counted, np.spacing(1))
-            # The best precision at this recall or a higher one.
+    def _average_precision(self, weights: np.ndarray) -> np.ndarray:
+        """COCO's, over its ten thresholds and 101 recalls: (B, I) -> (B,)."""
+        instances = weights @ self.arrays["AP_instances"]  # (B, C)
+        ends = np.searchsorted(self.arrays["AP_category"], np.arange(instances.shape[1] + 1))
+        total = np.zeros(len(weights))
+        for index, (start, end) in enumerate(itertools.pairwise(ends)):
+            there = np.flatnonzero(instances[:, index] > 0)
+            size = max(1, _AT_ONCE // max(1, end - start))
+            for few in (there[first : first + size] for first in range(0, len(there), size)):
+                total[few] += self._precision_of(slice(start, end), weights[few], instances[few, index])
+        categories = np.count_nonzero(instances > 0, axis=1)
+        return 100 * np.divide(total, categories, out=np.full(len(total), np.nan), where=categories > 0)
+
+    def _precision_of(self, mine: slice, weights: np.ndarray, instances: np.ndarray) -> np.ndarray:
+        """Average precision of one category's detections: (B, I), (B,) -> (B,), 0 .. 1.
+
+        Precision rises at detections that are right and nowhere else, and so does recall: only these are looked at, and for
+        each of them how much counts up to it.
+        """
+        image, recalls = self.arrays["AP_image"][mine], np.linspace(0, 1, 101)
+        so_far = np.cumsum(weights[:, image], axis=1)  # (B, D)
+        total = np.zeros(len(weights))
+        for right, counted in zip(self.arrays["AP_matched"][:, mine], self.arrays["AP_counted"][:, mine]):
+            right, ignored = np.flatnonzero(right), np.flatnonzero(~counted)
+            if not len(right):
+                continue
+            matched = np.cumsum(weights[:, image[right]], axis=1)  # (B, right ones)
+            below = so_far[:, right]
+            if len(ignored):
+                left_out = np.cumsum(weights[:, image[ignored]], axis=1)
+                before = np.searchsorted(ignored, right)
+                below = below - np.where(before > 0, left_out[:, before - 1], 0)
+            precision = matched / np.maximum(below, np.spacing(1))
+            # The best precision at this recall or a higher one; none where the recall is not reached.
             precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-            recall = matched / instances[index]
-            for line, reached in zip(precision, recall):
-                place = np.searchsorted(reached, recalls, side="left")
-                found.append(np.append(line, 0.0)[place].mean())
-        return 100 * float(np.mean(found)) if found else float("nan")
+            precision = np.append(precision, np.zeros((len(weights), 1)), axis=1)
+            recall = matched / instances[:, None]
+            place = np.array([np.searchsorted(reached, recalls, side="left") for reached in recall])
+            total += np.take_along_axis(precision, place, axis=1).mean(axis=1)
+        return total / len(self.arrays["AP_matched"])
 
 
-def standard_errors(tables: ImageTables, reference: ImageTables) -> dict[str, float]:
+class Resampled:
+    """What standard errors need of tables, without the counts of single images, which take much memory.
+
+    Attributes:
+        images: names of the images, (I,).
+        whole: the metrics of all images, in percent.
+    """
+
+    def __init__(self, tables: ImageTables):
+        self.images = tables.images
+        weights = np.ones((1, len(tables.images)))
+        self.whole = {name: float(value[0]) for name, value in tables.metrics(weights).items()}
+        self._resampled = tables.resampled()
+
+    def resampled(self) -> dict[str, np.ndarray]:
+        """That of the tables."""
+        return self._resampled
+
+
+def standard_errors(tables: ImageTables | Resampled, reference: ImageTables | Resampled) -> dict[str, float]:
     """How far the difference of each metric may be off for the choice of the images: its standard deviation over resamples.
 
     In each of them both are evaluated on the same images (the paired bootstrap).

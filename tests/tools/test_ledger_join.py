@@ -131,6 +131,65 @@ def test_equal_predictions_have_no_error_and_other_images_none_that_could_be_tol
     assert standard_errors(tables, drawn_tables(generator, 21, 0.5)) == {}
 
 
+def plain_average_precision(tables: ImageTables, weights: np.ndarray) -> float:
+    """Of one choice of images, with every detection looked at."""
+    found = []
+    for category, instances in enumerate(weights @ tables.arrays["AP_instances"]):
+        mine = tables.arrays["AP_category"] == category
+        weight = weights[tables.arrays["AP_image"][mine]]
+        for matched, counted in zip(
+            tables.arrays["AP_matched"][:, mine], tables.arrays["AP_counted"][:, mine]
+        ):
+            if instances == 0:
+                continue
+            right = np.cumsum(matched * weight)
+            precision = right / np.maximum(np.cumsum(counted * weight), np.spacing(1))
+            points = []
+            for recall in np.linspace(0, 1, 101):
+                reached = precision[right / instances >= recall]
+                points.append(reached.max() if len(reached) else 0.0)
+            found.append(np.mean(points))
+    return 100 * np.mean(found) if found else np.nan
+
+
+def ragged_tables(generator: np.random.Generator, images: int) -> ImageTables:
+    """Detections that do not count, categories without instances or detections, and images without either."""
+    detections = 40 * images
+    category = np.sort(generator.choice([0, 1, 3, 4], detections)).astype(np.int16)
+    image = generator.integers(0, images - 1, detections).astype(np.int32)
+    matched = generator.random((10, detections)) < np.linspace(0.4, 0.0, 10)[:, None]
+    counted = matched | (generator.random((10, detections)) < 0.9)
+    instances = np.zeros((images, 5), np.int32)
+    for c in (0, 2, 4):
+        instances[:, c] = generator.integers(0, 3, images)
+        if c != 2:  # no more can be right than there are
+            instances[:, c] += np.bincount(image[(category == c) & matched.any(0)], minlength=images).astype(
+                np.int32
+            )
+    matched[:, (category == 1) | (category == 3)] = False
+    arrays = {"AP_image": image, "AP_category": category, "AP_matched": matched, "AP_counted": counted}
+    return ImageTables([str(i) for i in range(images)], {**arrays, "AP_instances": instances})
+
+
+@pytest.mark.parametrize("at_once", [1, 5_000, ledger_images._AT_ONCE])
+def test_average_precision_of_many_choices_is_that_of_each(monkeypatch, at_once):
+    monkeypatch.setattr(ledger_images, "_AT_ONCE", at_once)
+    generator = np.random.default_rng(5)
+    tables = ragged_tables(generator, 12)
+    weights = np.concatenate(
+        [
+            generator.multinomial(12, np.full(12, 1 / 12), size=20),
+            generator.random((3, 12)),
+            np.eye(12, dtype=int)[[0, 11]],  # one image alone, the last without a detection
+            np.zeros((1, 12), int),
+        ]
+    )
+    actual = tables.metrics(weights)["AP"]
+    expected = np.array([plain_average_precision(tables, row) for row in weights.astype(float)])
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-9)
+    assert np.ptp(actual[:20]) > 1 and np.isnan(actual[-1]) and not np.isnan(actual[:-1]).any()
+
+
 def test_average_precision_of_doubled_images_is_cocos(tmp_path):
     """Weights of 2 and 0 against COCO's evaluation of a set that has the images so often."""
     from pycocotools.coco import COCO
@@ -305,6 +364,26 @@ def test_counts_of_another_measurement_give_no_error(tmp_path):
     rows[1]["AP"] = "1.0"
     made = joined_rows(tmp_path, rows)[1]
     assert made["se_AP"] == "" and made["se_PQ"] != ""
+
+
+def test_counts_of_a_row_are_resampled_once(tmp_path, monkeypatch):
+    """The reference's too, however many rows are compared with it."""
+    generator = np.random.default_rng(0)
+    batches = [str(n) for n in range(1, 7)]
+    rows = []
+    for precision in ("fp32", "tf32", "fp16"):
+        for batch in batches:
+            tables = drawn_tables(generator, 10, 0.5)
+            values = {name: str(value[0]) for name, value in tables.metrics(np.ones((1, 10))).items()}
+            rows.append(row_of(precision=precision, batch=batch, **values))
+            folder = Path(row_folder(str(tmp_path), rows[-1]))
+            folder.mkdir(parents=True)
+            tables.save(folder / TABLES)
+    times, resampled = [], ImageTables.resampled
+    monkeypatch.setattr(ImageTables, "resampled", lambda self: times.append(1) or resampled(self))
+    made = joined_rows(tmp_path, rows)
+    assert len(times) == len(rows)
+    assert [row["se_AP"] != "" for row in made] == [row["precision"] != "fp32" for row in made]
 
 
 @pytest.mark.parametrize("kept", [0, 10, 0.5, -30])
