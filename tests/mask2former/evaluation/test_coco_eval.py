@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from mask2former.evaluation.coco_eval import ParallelCOCOeval
 
 SIZE = 48
 CATEGORIES = (2, 3, 5, 11)
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
 
 
 @pytest.fixture(autouse=True)

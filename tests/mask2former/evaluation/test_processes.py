@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,8 @@ from mask2former.evaluation.processes import ProcessError, in_processes, number_
 
 LONG = 30.0  # seconds; nothing here takes so long unless it hangs
 ROOT = Path(__file__).resolve().parents[3]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
 
 
 @pytest.fixture(autouse=True)
@@ -122,14 +126,16 @@ def test_locks_of_other_threads_do_not_matter():
         thread.join(LONG)
 
 
-def test_interrupt_ends_all_of_them(tmp_path):
-    """Ctrl-C goes to all processes of a terminal; only this one tells of it."""
+@contextlib.contextmanager
+def started(folder: Path, result: str) -> Iterator[tuple[subprocess.Popen, list[int]]]:
+    """A program with three processes that work for a while, and their ids."""
     program = f"""
-import os, sys, time
+import os, time
 from mask2former.evaluation.processes import in_processes
 def work(i):
-    open({str(tmp_path)!r} + "/" + str(os.getpid()), "w").close()
-    time.sleep({LONG})
+    with open(os.path.join({str(folder)!r}, str(os.getpid())), "w"):
+        pass
+    {result}
 try:
     in_processes(work, 3)
 except KeyboardInterrupt:
@@ -145,20 +151,41 @@ except KeyboardInterrupt:
     )
     try:
         deadline = time.monotonic() + 2 * LONG
-        while len(list(tmp_path.iterdir())) < 3 and time.monotonic() < deadline and process.poll() is None:
+        while len(list(folder.iterdir())) < 3 and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.05)
-        children = [int(path.name) for path in tmp_path.iterdir()]
+        children = [int(path.name) for path in folder.iterdir()]
         assert len(children) == 3
+        yield process, children
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_interrupt_ends_all_of_them(tmp_path):
+    """Ctrl-C goes to all processes of a terminal; only this one tells of it."""
+    with started(tmp_path, f"time.sleep({LONG})") as (process, children):
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=LONG / 2)
         assert (out, err, process.returncode) == ("interrupted\n", "", 0)
-        for pid in children:
-            with pytest.raises(ProcessLookupError):
-                os.kill(pid, 0)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        assert not any(map(running, children))
+
+
+def test_none_waits_for_a_process_that_was_killed(tmp_path):
+    """Results are larger than a pipe: who writes one waits for the reader."""
+    with started(tmp_path, "time.sleep(1); return bytes(10**6)") as (process, children):
+        process.kill()
+        deadline = time.monotonic() + LONG / 2
+        while any(map(running, children)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(running, children))
 
 
 def test_output_that_was_waiting_is_written_once():
