@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
 from pycocotools.cocoeval import COCOeval
 
 from ..data.errors import AnnotationError
+from .coco_eval import ParallelCOCOeval
 from .formats import RLEMixin
 from .whole_files import WholeFilesMixin
+
+logger = logging.getLogger(__name__)
 
 
 class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
     """detectron2's COCOEvaluator where the contiguous ids of things need not be 0 .. N - 1.
 
     In a data set with things and stuff, as ADE20K's panoptic form, the things' ids have gaps. They are closed
-    up here, before COCOEvaluator, which accepts none, sees them. Results and files are COCOEvaluator's.
+    up here, before COCOEvaluator, which accepts none, sees them. Results and files are COCOEvaluator's; where it would run
+    pycocotools' evaluation, several processes run it.
     """
 
-    def __init__(self, dataset_name: str, output_dir: str | None = None, distributed: bool = True):
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str | None = None,
+        distributed: bool = True,
+        max_processes: int = -1,
+    ):
         """
         Args:
             dataset_name: with json_file (COCO instances) in its metadata.
             output_dir: where predictions are written, None for nowhere.
             distributed: gather from all ranks.
+            max_processes: TEST.EVALUATION_THREADS.
         """
         try:
             super().__init__(
@@ -42,6 +57,7 @@ class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
             path = MetadataCatalog.get(dataset_name).get("json_file")
             raise AnnotationError(f"{path} is no valid JSON ({error}): is it complete?") from error
         self._name = dataset_name
+        self._max_processes = max_processes
         unknown = {a["category_id"] for a in self._coco_api.dataset.get("annotations", ())}
         unknown -= set(self._coco_api.getCatIds())
         if unknown:
@@ -99,6 +115,39 @@ class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
     def _tasks_from_predictions(self, predictions: list[dict]) -> list[str]:
         # COCOEvaluator would report boxes alone: the metrics' names would depend on the model.
         return super()._tasks_from_predictions(predictions) if predictions else ["bbox", "segm"]
+
+    def _eval_predictions(self, predictions: list[dict], img_ids: Sequence | None = None) -> None:
+        """COCOEvaluator's, with ParallelCOCOeval, and without its copies of all masks."""
+        results = list(itertools.chain.from_iterable(one["instances"] for one in predictions))
+        tasks = sorted(self._tasks or self._tasks_from_predictions(results))
+        if self._use_fast_impl or not self._do_evaluation or not set(tasks) <= {"bbox", "segm"}:
+            super()._eval_predictions(predictions, img_ids=img_ids)
+            return
+        logger.info("Evaluating %d predicted instances with the official COCO API", len(results))
+        contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if contiguous is not None:
+            dataset_ids = {v: k for k, v in contiguous.items()}
+            for result in results:
+                result["category_id"] = dataset_ids[result["category_id"]]
+        if self._output_dir:
+            path = os.path.join(self._output_dir, "coco_instances_results.json")
+            with PathManager.open(path, "w") as file:
+                file.write(json.dumps(results))
+        for task in tasks:
+            evaluation = None
+            if results:  # COCO takes no empty list
+                # It writes to them. Where they have boxes, COCO takes the boxes' areas for the instances' own.
+                mine = [{k: v for k, v in one.items() if task == "bbox" or k != "bbox"} for one in results]
+                found = self._coco_api.loadRes(mine)
+                evaluation = ParallelCOCOeval(self._coco_api, found, task, self._max_processes)
+                if img_ids is not None:
+                    evaluation.params.imgIds = img_ids
+                evaluation.evaluate()
+                evaluation.accumulate()
+                evaluation.summarize()
+            self._results[task] = self._derive_coco_results(
+                evaluation, task, class_names=self._metadata.get("thing_classes")
+            )
 
 
 def _has_fast_coco_eval() -> bool:

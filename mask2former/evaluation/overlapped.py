@@ -175,6 +175,9 @@ def number_of_threads(wanted: int) -> int:
         )
     if wanted != -1:
         return wanted
-    # Those that the process may run on, where the system can tell.
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cpus // comm.get_local_size(), _MOST_THREADS))
+    return max(1, min(available_cpus() // comm.get_local_size(), _MOST_THREADS))
+
+
+def available_cpus() -> int:
+    """Those that the process may run on, where the system can tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
