@@ -11,9 +11,11 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+from bootstrap_console import advice_for
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = ROOT / "setup.py"
@@ -106,6 +108,17 @@ class Checkout:
             capture_output=True,
             text=True,
             timeout=120,
+        )
+
+    def pip(self, *command: str) -> subprocess.CompletedProcess:
+        """`pip command`, in an environment without what this one has where pip builds something."""
+        return subprocess.run(
+            [sys.executable, "-m", "pip", "--disable-pip-version-check", *command],
+            cwd=self.root,
+            env={**self.environment, "PIP_RETRIES": "1", "PIP_DEFAULT_TIMEOUT": "20"},
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
 
     def build(self, **environment: str) -> subprocess.CompletedProcess:
@@ -284,6 +297,19 @@ def test_architectures_that_are_none_are_named(checkout, wrong):
     done = checkout.run("-q", "build_ext", "--inplace", D2_TRT_CUDA_ARCHS=wrong)
     assert done.returncode != 0
     assert f"D2_TRT_CUDA_ARCHS is {wrong!r}" in done.stderr
+
+
+def test_pip_compiles_the_kernels_in_a_build_environment_of_its_own(checkout):
+    shutil.copy(ROOT / "pyproject.toml", checkout.root)
+    done = checkout.pip("wheel", "--no-deps", "--wheel-dir", "dist", "-v", ".")
+    if done.returncode != 0 and "could not be reached" in advice_for(done.stdout + done.stderr):
+        pytest.skip("pip reaches no package index, from which it takes what a build needs")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (checkout.root / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.startswith("mask2former/_kernels.")], names
+    assert "py3-none-any" not in wheel.name
+    assert len(checkout.compiled()) == 3
 
 
 def real_nvcc() -> str | None:
