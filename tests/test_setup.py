@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -310,6 +311,22 @@ def test_pip_compiles_the_kernels_in_a_build_environment_of_its_own(checkout):
     assert [name for name in names if name.startswith("mask2former/_kernels.")], names
     assert "py3-none-any" not in wheel.name
     assert len(checkout.compiled()) == 3
+
+
+def test_source_distribution_has_what_the_build_compiles(checkout):
+    shutil.rmtree(checkout.root / "csrc")
+    shutil.copytree(ROOT / "csrc", checkout.root / "csrc")
+    for name in ("pyproject.toml", "MANIFEST.in"):
+        shutil.copy(ROOT / name, checkout.root)
+    done = checkout.run("-q", "sdist")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (checkout.root / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        (top,) = {name.split("/")[0] for name in tar.getnames()}
+        names = {name.removeprefix(top + "/") for name in tar.getnames()}
+    there = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert there <= names
+    assert {"setup.py", "pyproject.toml"} <= names
 
 
 def real_nvcc() -> str | None:
