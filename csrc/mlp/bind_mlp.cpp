@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "common/check.h"
 #include "mlp/mlp.h"
 
 namespace py = pybind11;
