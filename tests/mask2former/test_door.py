@@ -1,14 +1,16 @@
 """What the compiled kernels refuse before they launch anything, by name: addresses, sizes, strides and limits.
 
 Checks come before launches, so that these need the compiled module but no GPU: what is allowed ends in CUDA's own error
-where there is none. With one, what is allowed runs.
+where there is none. With one, addresses are a tensor's, and what is allowed runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import operator
+import timeit
 
 import numpy as np
 import pytest
@@ -362,3 +364,59 @@ def test_coder_of_runs_takes_masks_without_runs():
     encode = kernels.load().postprocess.encode_runs
     assert encode(0, 0, [], [], 100) == []
     assert encode(0, 0, [0], [0], 100) == [b"T3"]  # a hundred zeros: 4 + 32, then 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("call", "name"), ADDRESSES)
+def test_memory_of_the_host_is_refused_by_name(call, name):
+    host = np.zeros(512, np.uint8)
+    pageable = -(-host.ctypes.data // 256) * 256
+    pinned = torch.zeros(256, dtype=torch.uint8, pin_memory=True)
+    for wrong in (pageable, pinned.data_ptr()):
+        with pytest.raises(
+            ValueError, match=f": {name} is an address in host memory; expected memory of CUDA device 0"
+        ):
+            prepare(call, **{name: wrong})()
+    passes(call)  # nothing is left of it
+
+
+@pytest.mark.gpu
+def test_memory_of_another_gpu_is_refused_by_name():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    there = torch.zeros(256, dtype=torch.uint8, device="cuda:1")
+    message = "layer_norm: bias is an address in memory of CUDA device 1; expected memory of CUDA device 0"
+    with pytest.raises(ValueError, match=message):
+        prepare("layer_norm", bias=there.data_ptr())()
+
+
+@pytest.mark.gpu
+def test_addresses_are_checked_while_a_graph_is_recorded():
+    call = prepare("postprocess.assign_ids", stream=0)
+    call()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        prepare("postprocess.assign_ids", stream=stream.cuda_stream)()
+    graph.replay()
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_asking_where_an_address_points_takes_less_than_a_microsecond():
+    # Refused for its rows, after the addresses were looked up; null pointers are not.
+    addresses = [name for name, value in CALLS["layer_norm"].items() if isinstance(value, At)]
+
+    def seconds(call) -> float:
+        def refused():
+            with contextlib.suppress(ValueError):
+                call()
+
+        with pytest.raises(ValueError, match="-1 rows"):
+            call()
+        return min(timeit.repeat(refused, number=1000, repeat=20)) / 1000
+
+    asked = seconds(prepare("layer_norm", rows=-1))
+    unasked = seconds(prepare("layer_norm", rows=-1, **dict.fromkeys(addresses, 0)))
+    of_one = (asked - unasked) / len(addresses) * 1e6
+    print(f"{of_one:.3f} us for each address")
+    assert of_one < 1.0
