@@ -22,6 +22,7 @@ from ..data.train_loader import TrainLoader, build_train_loader, derived_seed, t
 from ..evaluation import evaluate_model
 from ..solver import build_lr_scheduler, build_optimizer
 from .checkpoint import WholeFileCheckpointer
+from .evaluation_hook import EvalHook
 from .time_limit import TimeIsUp, TimeLimit
 
 logger = logging.getLogger(__name__)
@@ -183,7 +184,10 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list:
         made = super().build_hooks()
         if self.cfg.DATASETS.TEST:
-            return made
+            return [
+                EvalHook(self.cfg.TEST.EVAL_PERIOD, hook._func) if isinstance(hook, hooks.EvalHook) else hook
+                for hook in made
+            ]
         logger.warning("DATASETS.TEST is empty: there is no evaluation during this training")
         return [hook for hook in made if not isinstance(hook, hooks.EvalHook)]
 

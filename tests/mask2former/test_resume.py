@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils.events import get_event_storage
 
 from mask2former.data.datasets.shapes import register_shapes
 from mask2former.engine import Trainer
 from mask2former.engine.checkpoint import WholeFileCheckpointer
 from mask2former.engine.time_limit import TimeIsUp, TimeLimit
-from tests.mask2former.test_training import PREFIX, make_cfg, new_trainer, one_thread, root, weights_of
+from tests.mask2former.test_training import PREFIX, Crash, make_cfg, new_trainer, one_thread, root, weights_of
 
 __all__ = ["one_thread", "root"]
 POLY = ("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.MAX_ITER", 6)
@@ -126,6 +127,61 @@ def test_batches_that_are_loaded_ahead_come_in_their_order(root, tmp_path):
     assert ahead.start_iter == 1
     ahead.train()
     assert_same_weights(weights_of(plain), weights_of(ahead))
+
+
+class Evaluations:
+    """In the place of `evaluate_model`: an accuracy, and a crash in the evaluation of this number."""
+
+    def __init__(self, crash: int | None = None):
+        self.seen, self.iterations, self.crash = [], [], crash
+
+    def __call__(self, cfg, model):
+        if len(self.seen) + 1 == self.crash:
+            raise RuntimeError("power failure")
+        self.iterations.append(get_event_storage().iter)
+        self.seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return {"sem_seg": {"mIoU": float(len(self.seen))}}
+
+
+EVALUATED = (*POLY, "DATASETS.TEST", (f"{PREFIX}_val_panoptic",), "TEST.EVAL_PERIOD", 2)
+
+
+@pytest.mark.parametrize("number, resumed_at", [(1, 2), (2, 4), (3, 6)])
+def test_evaluation_that_a_crash_cut_off_is_made_up_for(root, tmp_path, monkeypatch, number, resumed_at):
+    cfg = make_cfg(tmp_path, *EVALUATED)
+    first, rest = Evaluations(crash=number), Evaluations()
+    monkeypatch.setattr("mask2former.engine.trainer.evaluate_model", first)
+    with pytest.raises(RuntimeError, match="power failure"):
+        new_trainer(cfg).train()
+    # As detectron2 counts: that after the last iteration is told behind it.
+    expected = [1, 3, 6]
+    assert first.iterations == expected[: number - 1]
+
+    monkeypatch.setattr("mask2former.engine.trainer.evaluate_model", rest)
+    trainer = new_trainer(cfg, resume=True)
+    assert trainer.start_iter == resumed_at
+    trainer.train()
+    assert rest.iterations == expected[number - 1 :] and trainer.finished and trainer.model.training
+    assert_same_weights(rest.seen[0], torch.load(tmp_path / f"model_{resumed_at - 1:07d}.pth")["model"])
+    assert (tmp_path / "last_evaluation").read_text() == "6"
+
+
+def test_evaluation_that_came_to_its_end_is_not_run_again(root, tmp_path, monkeypatch):
+    cfg = make_cfg(tmp_path, *EVALUATED)
+    # As if another training in this folder had come to its end.
+    (tmp_path / "last_evaluation").write_text("6")
+    runs = [Evaluations(), Evaluations()]
+    monkeypatch.setattr("mask2former.engine.trainer.evaluate_model", runs[0])
+    first = new_trainer(cfg)
+    first.register_hooks([Crash(2)])
+    with pytest.raises(RuntimeError, match="power failure"):
+        first.train()
+    assert (tmp_path / "last_evaluation").read_text() == "2"
+    monkeypatch.setattr("mask2former.engine.trainer.evaluate_model", runs[1])
+    second = new_trainer(cfg, resume=True)
+    assert second.start_iter == 2
+    second.train()
+    assert [run.iterations for run in runs] == [[1], [3, 6]]
 
 
 class Kill(HookBase):
