@@ -17,6 +17,7 @@ from detectron2.utils.events import get_event_storage
 from mask2former.data.datasets.shapes import register_shapes
 from mask2former.engine import Trainer
 from mask2former.engine.checkpoint import WholeFileCheckpointer
+from mask2former.engine.resumed_keys import changed_keys, training_keys
 from mask2former.engine.time_limit import TimeIsUp, TimeLimit
 from tests.mask2former.test_training import PREFIX, Crash, make_cfg, new_trainer, one_thread, root, weights_of
 
@@ -112,6 +113,41 @@ def test_another_number_of_iterations_moves_the_end_of_the_schedule(root, tmp_pa
     assert "the job began with 6" in caplog.text
     # The first rate is the checkpoint's; from then on along the new schedule.
     assert rates.values[1:] == pytest.approx([1e-3 * (1 - i / 8) ** 0.9 for i in range(2, 8)])
+
+
+def test_keys_that_changed_are_named_in_one_warning(root, tmp_path, caplog):
+    limited_trainer(make_cfg(tmp_path, *POLY), 0).train()
+    changed = (
+        "SOLVER.IMS_PER_BATCH",
+        3,
+        "INPUT.IMAGE_SIZE",
+        96,
+        "DATASETS.TRAIN",
+        (f"{PREFIX}_val_panoptic",),
+    )
+    free = ("SOLVER.MAX_ITER", 7, "SOLVER.CHECKPOINT_PERIOD", 3, "INPUT.MIN_SIZE_TEST", 32)
+    free += ("DATALOADER.NUM_WORKERS", 1, "MODEL.WEIGHTS", "gone.pkl", "TEST.BATCH_SIZE", 2)
+    with caplog.at_level(logging.WARNING):
+        new_trainer(make_cfg(tmp_path, *POLY, *changed, *free), resume=True)
+    (told,) = (r.getMessage() for r in caplog.records if "other values" in r.getMessage())
+    assert told.startswith(
+        "--resume with other values than the job began with: "
+        f"DATASETS.TRAIN ('{PREFIX}_val_panoptic',) (was ('{PREFIX}_train_panoptic',)), INPUT.IMAGE_SIZE 96 (was 64), "
+        "SOLVER.IMS_PER_BATCH 3 (was 2). "
+    )
+
+
+def test_keys_that_did_not_change_are_not_spoken_of(root, tmp_path, caplog, monkeypatch):
+    limited_trainer(make_cfg(tmp_path, *POLY), 0).train()
+    with caplog.at_level(logging.WARNING):
+        trainer = new_trainer(make_cfg(tmp_path, *POLY), resume=True)
+    assert "other values" not in caplog.text and trainer.start_iter == 1
+    # Each process draws images of its own: another number of them is another order.
+    monkeypatch.setattr("mask2former.engine.resumed_keys.comm.get_world_size", lambda: 4)
+    assert changed_keys(
+        torch.load(tmp_path / "model_0000000.pth")["trainer"]["keys"], training_keys(trainer.cfg)
+    ) == ["the number of processes 4 (was 1)"]
+    assert changed_keys(None, training_keys(trainer.cfg)) == []
 
 
 def test_batches_that_are_loaded_ahead_come_in_their_order(root, tmp_path):
