@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -102,7 +103,7 @@ def evaluate_model(cfg: CfgNode, model: nn.Module, *, resume: bool | None = None
         if comm.is_main_process():
             logger.info("Evaluation results for %s in csv format:", name)
             print_csv_format(results[name])
-    backend = describe_backend(model, earlier_runners)
+    backend = describe_backend(model, None if unfinished is None else earlier_runners)
     if not comm.is_main_process():
         return OrderedDict()
     logger.info("The network was run by %s", backend["backend"])
@@ -142,16 +143,19 @@ def _runner(model: nn.Module) -> dict:
     return backend.describe() if hasattr(backend, "describe") else {"backend": "torch"}
 
 
-def describe_backend(model: nn.Module, earlier: Sequence[dict] = ()) -> dict:
+def describe_backend(model: nn.Module, earlier: Sequence[dict] | None = None) -> dict:
     """What ran the network on all processes: the main one's description with everyone's images and reasons.
 
     Every process must call it; only the main one gets them all.
 
     Args:
-        earlier: what had run it for batches of this process that an evaluation before this one kept.
+        earlier: what had run it for batches of this process that an evaluation before this one kept; for all processes, or
+            None for all.
     """
     told = _runner(model)
-    everyone = [one for part in comm.gather([told, *earlier]) or [[told, *earlier]] for one in part]
+    everyone = comm.gather(told) or [told]
+    if earlier is not None:
+        everyone += itertools.chain.from_iterable(comm.gather(list(earlier)))
     # A rank that fell back while the others did not must show; one that had no images ran nothing.
     ran = [one for one in everyone if sum(one.get("images", {}).values())] or everyone
     told["backend"] = "; ".join(dict.fromkeys(one["backend"] for one in ran))
