@@ -81,6 +81,21 @@ class _Done:
     output_sizes: list[tuple[int, int]]
     ready: torch.cuda.Event | None
 
+    def one_by_one(self) -> list[_Done]:
+        """The same for each image alone."""
+        return [
+            _Done(
+                [image],
+                self.logits[i : i + 1],
+                self.masks[i : i + 1],
+                self.padded_size,
+                [self.image_sizes[i]],
+                [self.output_sizes[i]],
+                self.ready,
+            )
+            for i, image in enumerate(self.images)
+        ]
+
 
 _END = object()
 
@@ -165,6 +180,7 @@ class _Pipeline:
             if not isinstance(batch.error, Exception):  # not an image's: SystemExit and the like
                 raise batch.error
             return [_image_error(batch.index, batch.name, batch.error)]
+        # As in _run: where a batch fails, its images one by one, so that the error is that of the image that causes it.
         try:
             with torch.no_grad(), _on(self._model.device):
                 if batch.ready is not None:
@@ -182,7 +198,9 @@ class _Pipeline:
                     thing_classes=self._model.thing_classes,
                 )
         except Exception as error:
-            return [_image_error(image.index, image.name, error) for image in batch.images]
+            if len(batch.images) == 1:
+                return [_image_error(batch.images[0].index, batch.images[0].name, error)]
+            return [result for image in batch.one_by_one() for result in self._finish(image)]
 
     def _close(self) -> None:
         self._stopping.set()

@@ -205,13 +205,41 @@ def test_network_that_fails_is_blamed_on_its_image_alone(predictor):
     assert [shape[0] for shape in predictor.model.backend.batches] == [4, 1, 1, 1, 1]
 
 
-def test_postprocessing_that_fails_is_delivered(predictor, monkeypatch):
-    def fail(*args, **kwargs):
-        raise ValueError("no room")
+@pytest.fixture
+def tall_fails(predictor, monkeypatch):
+    """A predictor whose post-processing fails for images of 64x32; for the network all are of 32x32, to share batches."""
+    postprocess, load = streaming.postprocess, predictor.load
 
-    monkeypatch.setattr(streaming, "postprocess", fail)
-    results = list(predictor.stream([flat(1), flat(2)], batch_size=2, on_error="return"))
-    assert [(r.index, type(r.__cause__)) for r in results] == [(0, ValueError), (1, ValueError)]
+    def postprocess_some(*args, **kwargs):
+        if (64, 32) in kwargs["output_sizes"]:
+            raise ValueError("no room")
+        return postprocess(*args, **kwargs)
+
+    def load_part(image, ring=None):
+        return {**load(image[:32, :32], ring), "height": image.shape[0], "width": image.shape[1]}
+
+    monkeypatch.setattr(streaming, "postprocess", postprocess_some)
+    monkeypatch.setattr(predictor, "load", load_part)
+    return predictor
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+def test_postprocessing_that_fails_is_blamed_on_its_image_alone(tall_fails, batch_size):
+    sizes = [(32, 32), (32, 32), (64, 64), (64, 32), (32, 32)]
+    images = [flat(10 * n, size) for n, size in enumerate(sizes)]
+    results = list(tall_fails.stream(images, batch_size=batch_size, on_error="return"))
+    assert tall_fails.model.backend.batches[0][0] == batch_size
+    assert [isinstance(r, ImageError) for r in results] == [False, False, False, True, False]
+    assert results[3].index == 3 and isinstance(results[3].__cause__, ValueError)
+    for n in (0, 1, 2, 4):
+        assert results[n]["sem_seg"].shape[-2:] == sizes[n] and same(results[n], tall_fails(images[n]))
+
+
+def test_images_before_one_whose_postprocessing_fails_come_first(tall_fails):
+    stream = tall_fails.stream([flat(1), flat(2, (64, 32)), flat(3)], batch_size=3)
+    assert same(next(stream), tall_fails(flat(1)))
+    with pytest.raises(ImageError, match=r"image 1 of the stream: ValueError: no room"):
+        next(stream)
 
 
 @pytest.mark.parametrize("on_error", ["raise", "return"])
