@@ -6,6 +6,7 @@ import gc
 import itertools
 import logging
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -31,13 +32,16 @@ class Backend:
         self.num_classes = model.postprocess_options.num_classes
         self.batches: list[tuple[int, ...]] = []
         self.fail_at: float | None = None  # images of this mean
-        self.gate: threading.Event | None = None
+        self.gate: threading.Event | None = None  # what batches wait for
+        self.gated_from = 0  # the first batch that does
+        self.waits = threading.Event()  # set when one waits
 
     def prepare(self):
         pass
 
     def __call__(self, images):
-        if self.gate is not None:
+        if self.gate is not None and len(self.batches) >= self.gated_from:
+            self.waits.set()
             assert self.gate.wait(10)
         self.batches.append(tuple(images.shape))
         means = images.mean((1, 2, 3))
@@ -62,10 +66,10 @@ def predictor(shared, monkeypatch):
     assert threads() == []
 
 
-def threads() -> list[str]:
-    """The streams' threads, after those that are about to end had the time."""
+def threads(kind: str = "") -> list[str]:
+    """The streams' threads of a kind, after those that are about to end had the time."""
     for _ in range(100):
-        names = [t.name for t in threading.enumerate() if t.name.startswith("d2_trt stream")]
+        names = [t.name for t in threading.enumerate() if t.name.startswith(f"d2_trt stream {kind}")]
         if not names:
             break
         time.sleep(0.02)
@@ -322,9 +326,20 @@ def test_ctrl_c_while_waiting_ends_the_stream(predictor, monkeypatch, request):
     assert threads() == []
 
 
-def test_source_that_blocks_does_not_block_closing(predictor, monkeypatch, caplog):
+def close_warnings(stream, monkeypatch, caplog) -> str:
+    """Close a stream, of which something is at work that does not end; what the log says then."""
     monkeypatch.setattr(logging.getLogger("d2_trt"), "propagate", True)
-    monkeypatch.setattr(streaming, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(streaming, "CLOSE_SECONDS", 0.3)
+    started = time.monotonic()
+    stream.close()
+    assert time.monotonic() - started < 5
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert "not all of its threads have ended in 0.3 s" in message
+    return message.partition("returns: ")[2]
+
+
+def test_source_that_blocks_does_not_block_closing(predictor, monkeypatch, caplog):
     blocked = threading.Event()
 
     def source():
@@ -334,12 +349,127 @@ def test_source_that_blocks_does_not_block_closing(predictor, monkeypatch, caplo
 
     stream = predictor.stream(source())
     next(stream)
-    started = time.monotonic()
-    stream.close()
-    assert time.monotonic() - started < 5
-    assert "has not returned" in caplog.text
+    assert close_warnings(stream, monkeypatch, caplog) == "`next` of its images"
     blocked.set()
     assert threads() == []
+
+
+@pytest.mark.parametrize("more", ["3", ""], ids=["more to come", "all read"])
+def test_file_that_blocks_does_not_block_closing(predictor, monkeypatch, caplog, more):
+    blocked = threading.Event()
+
+    def decode(path):
+        assert path == "1" or blocked.wait(20)
+        return flat(int(path))
+
+    monkeypatch.setattr(streaming, "_decode", decode)
+    stream = predictor.stream(itertools.chain("12", itertools.repeat("3", 100 if more else 0)), workers=2)
+    next(stream)
+    told = close_warnings(stream, monkeypatch, caplog)
+    assert told.startswith("the reading of image 1 (2)") and "next" not in told and "network" not in told
+    assert threads("reader") == threads("runner") == []
+    blocked.set()
+    assert threads() == []
+
+
+def test_network_that_blocks_does_not_block_closing(predictor, monkeypatch, caplog):
+    backend = predictor.model.backend
+    backend.gate, backend.gated_from = threading.Event(), 1
+    stream = predictor.stream(flat(n) for n in range(9))
+    next(stream)
+    assert backend.waits.wait(10)
+    assert close_warnings(stream, monkeypatch, caplog) == "the network"
+    backend.gate.set()
+    assert threads() == []
+    assert len(backend.batches) == 2  # the one at work, and none of those that were read
+
+
+def test_closing_drops_what_is_read_but_has_not_run(predictor, monkeypatch, caplog):
+    """A batch that waits for its last image, which never comes."""
+    read, blocked = threading.Event(), threading.Event()
+
+    def source():
+        for n in range(4):
+            yield flat(n)
+        read.set()
+        assert blocked.wait(20)
+
+    stream = predictor.stream(source(), batch_size=3, prefetch=8)
+    next(stream)
+    assert read.wait(10)
+    assert close_warnings(stream, monkeypatch, caplog) == "`next` of its images"
+    blocked.set()
+    assert threads() == []
+    assert [shape[0] for shape in predictor.model.backend.batches] == [3]
+
+
+def test_closing_drops_files_that_are_not_read_yet(predictor, monkeypatch, caplog):
+    decoded, blocked = [], threading.Event()
+
+    def decode(path):
+        decoded.append(path)
+        assert path == "0" or blocked.wait(20)
+        return flat(int(path))
+
+    monkeypatch.setattr(streaming, "_decode", decode)
+    stream = predictor.stream(list("012345"), workers=1)
+    next(stream)
+    assert close_warnings(stream, monkeypatch, caplog) == "the reading of image 1 (1)"
+    blocked.set()
+    assert threads() == []
+    assert decoded == ["0", "1"]
+
+
+def test_nothing_is_read_after_closing(predictor):
+    read = []
+
+    def source():
+        for n in itertools.count():
+            read.append(n)
+            yield flat(n % 250)
+
+    stream = predictor.stream(source(), prefetch=2)
+    next(stream)
+    for _ in range(500):
+        if len(read) == 3:
+            break
+        time.sleep(0.01)
+    stream.close()
+    assert threads() == [] and len(read) == 3
+
+
+def test_stream_may_be_dropped_by_a_thread_of_its_own(predictor, monkeypatch):
+    """A collection of garbage runs wherever it becomes due."""
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    backend = predictor.model.backend
+    backend.gate, backend.gated_from = threading.Event(), 1
+    collected = []
+
+    class Collecting:
+        def __init__(self):
+            self.__dict__.update(vars(backend))
+
+        def __call__(self, images):
+            outputs = backend(images)
+            if len(backend.batches) == 2:
+                collected.append((threading.current_thread().name, gc.collect()))
+            return outputs
+
+    predictor.model.backend = Collecting()
+    gc.disable()
+    try:
+        cycle = [predictor.stream(flat(n % 250) for n in itertools.count())]
+        next(cycle[0])
+        cycle.append(cycle)
+        del cycle
+        assert backend.waits.wait(10)
+        backend.gate.set()
+        assert threads() == []
+    finally:
+        gc.enable()
+    assert [name for name, _ in collected] == ["d2_trt stream runner"]
+    assert unraisable == []
 
 
 @pytest.mark.parametrize(
