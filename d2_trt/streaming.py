@@ -12,12 +12,14 @@ in one of these threads too: what it shares with them are SimpleQueues, which be
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,7 @@ from torch import Tensor
 
 from mask2former.postprocessing import postprocess
 
-from .errors import ImageError
+from .errors import D2TRTError, ImageError
 from .logging import get_logger
 from .shape_range import is_int, round_up
 from .upload import PinnedRing
@@ -104,6 +106,16 @@ class _Done:
 
 _END = object()
 
+# Those that were started and that a thread or a caller still has.
+_pipelines: weakref.WeakSet[_Pipeline] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what callers left open. Python ends a daemon thread at work in PyTorch's C++ by aborting the process."""
+    for pipeline in list(_pipelines):
+        pipeline.end()
+
 
 def stream_results(
     predictor: TensorRTPredictor,
@@ -169,10 +181,11 @@ class _Pipeline:
         if self._model.device.type == "cuda":
             with _on(self._model.device):
                 self._started = torch.cuda.current_stream().record_event()
+        _pipelines.add(self)
         try:
             self._reader.start()
             self._runner.start()
-            while (batch := self._done.get()) is not _END:
+            while (batch := self._done.get()) is not _END and not self._stopping.is_set():
                 if isinstance(batch, BaseException):
                     raise batch
                 for result in self._finish(batch):
@@ -180,8 +193,16 @@ class _Pipeline:
                     if isinstance(result, ImageError) and on_error == "raise":
                         raise result
                     yield result
+            if self._stopping.is_set():  # not by this generator, which would not be here any more
+                raise D2TRTError("the stream was closed before its last image, since the process ends")
         finally:
             self._close()
+
+    def end(self) -> None:
+        """Close the stream at the process's end, from any thread. The network is waited for, however long that takes."""
+        self._close()
+        if self._runner.is_alive():
+            self._runner.join()
 
     def _finish(self, batch: _Done | _Failed) -> list[dict | ImageError]:
         if isinstance(batch, _Failed):
@@ -212,6 +233,8 @@ class _Pipeline:
 
     def _close(self) -> None:
         """Stop the threads. What is at work is waited for, but no longer than CLOSE_SECONDS."""
+        if self._stopping.is_set():
+            return
         self._stopping.set()
         for waited_for in (self._permits, self._files, self._read):
             waited_for.put(_END)

@@ -6,6 +6,7 @@ import gc
 import itertools
 import logging
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,9 +18,10 @@ import torch
 from PIL import Image
 
 from d2_trt import TensorRTPredictor, streaming
-from d2_trt.errors import ImageError
+from d2_trt.errors import D2TRTError, ImageError
 from tests.d2_trt.test_predictor import assert_equal, make, picture
 
+REPO = Path(__file__).resolve().parents[2]
 SMALL = ("INPUT.MIN_SIZE_TEST", 32, "INPUT.MAX_SIZE_TEST", 96, "MODEL.MASK_FORMER.TEST.INSTANCE_ON", False)
 SMALL += ("MODEL.MASK_FORMER.TEST.PANOPTIC_ON", False)
 
@@ -472,6 +474,81 @@ def test_stream_may_be_dropped_by_a_thread_of_its_own(predictor, monkeypatch):
     assert unraisable == []
 
 
+def test_stream_that_ends_with_the_process_does_not_look_complete(predictor):
+    backend = predictor.model.backend
+    backend.gate, backend.gated_from = threading.Event(), 1
+    stream = predictor.stream(flat(n) for n in range(9))
+    next(stream)
+    caught = []
+
+    def consume():
+        try:
+            caught.append(next(stream, "the end"))
+        except D2TRTError as error:
+            caught.append(error)
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    assert backend.waits.wait(10)
+    ending = threading.Thread(target=streaming._close_all)
+    ending.start()
+    assert threads("reader") == []  # it is closed
+    backend.gate.set()
+    ending.join(10), consumer.join(10)
+    assert not ending.is_alive() and not consumer.is_alive()
+    assert "before its last image" in str(caught[0])
+    assert next(stream, "the end") == "the end"
+
+
+UNFINISHED = """
+import sys, threading, time
+import torch
+from d2_trt import TensorRTPredictor, streaming
+from tests.d2_trt.test_streaming import SMALL, Backend, flat, make
+
+streaming.CLOSE_SECONDS = 0.2
+predictor = make(TensorRTPredictor, *SMALL)
+
+class Busy(Backend):
+    def __call__(self, images):
+        if self.batches:
+            self.waits.set()
+            end = time.monotonic() + 1.5
+            matrix = torch.ones(1000, 1000, device=images.device)
+            while time.monotonic() < end:
+                (matrix @ matrix).cpu()
+        return super().__call__(images)
+
+def source():
+    for n in range(4):
+        yield flat(n)
+    threading.Event().wait()
+
+backend = predictor.model.backend = Busy(predictor.model)
+stream = predictor.stream(source())
+next(stream)
+assert backend.waits.wait(20)
+if sys.argv[1] == "closed":
+    stream.close()
+print("end")
+"""
+
+
+def check_end(how: str) -> None:
+    command = [sys.executable, "-c", UNFINISHED, how]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "end"
+    assert done.stderr.count("they end when this returns: `next` of its images, the network") == 1
+    assert "terminate" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("how", ["left open", "closed"])
+def test_process_with_a_stream_at_work_ends_cleanly(how):
+    """In a process of its own, with a network at work for longer than closing waits, and a source that never returns."""
+    check_end(how)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -534,6 +611,12 @@ def test_gpu_results_belong_to_the_callers_stream(predictor):
         expected = [predictor(image)["sem_seg"] for image in images]
     torch.cuda.synchronize()
     assert all(torch.equal(a, e) for a, e in zip(results, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["left open", "closed"])
+def test_gpu_process_with_a_stream_at_work_ends_cleanly(how):
+    check_end(how)
 
 
 @pytest.mark.gpu
