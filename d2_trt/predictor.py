@@ -96,7 +96,9 @@ class TensorRTPredictor(DefaultPredictor):
         """Segment many images: decoding, upload, network and post-processing of several images at a time.
 
         Nothing starts before the first result is asked for. The post-processing runs when a result is asked for, in the
-        caller's thread and on its current CUDA stream. Close the iterator (`close()`, or by dropping it) to stop early.
+        caller's thread and on its current CUDA stream. Close the iterator (`close()`, or by dropping it) to stop early: that
+        waits up to 5 s for what is at work and cannot be interrupted, and a warning says what did not end by then. The
+        end of the process closes it too, and waits for a network at work.
 
         Args:
             images: arrays as for a call, and paths of images, which are read as detectron2 reads them. An array must not

@@ -1,19 +1,25 @@
 """Many images through a predictor, with the stages of several images at work at a time.
 
-    reader      next(images); a pool decodes files                          1 + workers threads
+    reader      next(images); decoders read files                           1 + workers threads
     runner      upload and resize on one CUDA stream, the network on another, batch by batch     1 thread
     caller      waits for the network by an event, post-processes, yields
 
-A permit is taken for every image before it is read and given back when its result is yielded: that alone bounds all queues.
+Beyond `prefetch`, an image is read only when a result is yielded: that alone bounds all queues.
+
+Closing tells all threads to stop and waits for them, though not for ever. It may happen wherever garbage is collected,
+in one of these threads too: what it shares with them are SimpleQueues, which bear that, and no locks.
 """
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
 import queue
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
@@ -25,7 +31,7 @@ from torch import Tensor
 
 from mask2former.postprocessing import postprocess
 
-from .errors import ImageError
+from .errors import D2TRTError, ImageError
 from .logging import get_logger
 from .shape_range import is_int, round_up
 from .upload import PinnedRing
@@ -36,8 +42,9 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 DEFAULT_PREFETCH = 8
-# How long closing waits for `next` of the caller's iterator, which nothing can interrupt.
+# How long closing waits for what nothing can interrupt: `next` of the caller's iterator, a file, the network.
 CLOSE_SECONDS = 5.0
+_POLL_SECONDS = 0.1
 _UPLOADS = 3  # pinned buffers
 
 
@@ -81,8 +88,33 @@ class _Done:
     output_sizes: list[tuple[int, int]]
     ready: torch.cuda.Event | None
 
+    def one_by_one(self) -> list[_Done]:
+        """The same for each image alone."""
+        return [
+            _Done(
+                [image],
+                self.logits[i : i + 1],
+                self.masks[i : i + 1],
+                self.padded_size,
+                [self.image_sizes[i]],
+                [self.output_sizes[i]],
+                self.ready,
+            )
+            for i, image in enumerate(self.images)
+        ]
+
 
 _END = object()
+
+# Those that were started and that a thread or a caller still has.
+_pipelines: weakref.WeakSet[_Pipeline] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what callers left open. Python ends a daemon thread at work in PyTorch's C++ by aborting the process."""
+    for pipeline in list(_pipelines):
+        pipeline.end()
 
 
 def stream_results(
@@ -127,18 +159,21 @@ class _Pipeline:
     ):
         self._predictor, self._model = predictor, predictor.model
         self._images, self._batch_size, self._workers = images, batch_size, workers
-        self._permits = threading.Semaphore(prefetch)
+        self._prefetch = prefetch
+        self._permits: queue.SimpleQueue = queue.SimpleQueue()
+        self._files: queue.SimpleQueue = queue.SimpleQueue()
         self._read: queue.SimpleQueue = queue.SimpleQueue()
         self._done: queue.SimpleQueue = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._started: torch.cuda.Event | None = None
-        self._threads = [
-            threading.Thread(target=self._guard, args=(work, after), name=f"d2_trt {name}", daemon=True)
-            for name, work, after in (
-                ("stream reader", self._read_all, self._read),
-                ("stream runner", self._run_all, self._done),
-            )
-        ]
+        self._reader = self._thread("reader", self._guard, self._read_all, self._read)
+        self._runner = self._thread("runner", self._guard, self._run_all, self._done)
+        # What each thread does that closing may have to wait for; decoders say so themselves.
+        self._jobs = {self._reader: "`next` of its images", self._runner: "the network"}
+
+    @staticmethod
+    def _thread(name: str, target, *args) -> threading.Thread:
+        return threading.Thread(target=target, args=args, name=f"d2_trt stream {name}", daemon=True)
 
     # In the caller's thread
 
@@ -146,25 +181,35 @@ class _Pipeline:
         if self._model.device.type == "cuda":
             with _on(self._model.device):
                 self._started = torch.cuda.current_stream().record_event()
-        for thread in self._threads:
-            thread.start()
+        _pipelines.add(self)
         try:
-            while (batch := self._done.get()) is not _END:
+            self._reader.start()
+            self._runner.start()
+            while (batch := self._done.get()) is not _END and not self._stopping.is_set():
                 if isinstance(batch, BaseException):
                     raise batch
                 for result in self._finish(batch):
-                    self._permits.release()
+                    self._permits.put(None)
                     if isinstance(result, ImageError) and on_error == "raise":
                         raise result
                     yield result
+            if self._stopping.is_set():  # not by this generator, which would not be here any more
+                raise D2TRTError("the stream was closed before its last image, since the process ends")
         finally:
             self._close()
+
+    def end(self) -> None:
+        """Close the stream at the process's end, from any thread. The network is waited for, however long that takes."""
+        self._close()
+        if self._runner.is_alive():
+            self._runner.join()
 
     def _finish(self, batch: _Done | _Failed) -> list[dict | ImageError]:
         if isinstance(batch, _Failed):
             if not isinstance(batch.error, Exception):  # not an image's: SystemExit and the like
                 raise batch.error
             return [_image_error(batch.index, batch.name, batch.error)]
+        # As in _run: where a batch fails, its images one by one, so that the error is that of the image that causes it.
         try:
             with torch.no_grad(), _on(self._model.device):
                 if batch.ready is not None:
@@ -182,20 +227,28 @@ class _Pipeline:
                     thing_classes=self._model.thing_classes,
                 )
         except Exception as error:
-            return [_image_error(image.index, image.name, error) for image in batch.images]
+            if len(batch.images) == 1:
+                return [_image_error(batch.images[0].index, batch.images[0].name, error)]
+            return [result for image in batch.one_by_one() for result in self._finish(image)]
 
     def _close(self) -> None:
+        """Stop the threads. What is at work is waited for, but no longer than CLOSE_SECONDS."""
+        if self._stopping.is_set():
+            return
         self._stopping.set()
-        self._permits.release()
-        reader, runner = self._threads
-        reader.join(CLOSE_SECONDS)
-        if reader.is_alive():
+        for waited_for in (self._permits, self._files, self._read):
+            waited_for.put(_END)
+        deadline = time.monotonic() + CLOSE_SECONDS
+        others = [t for t in list(self._jobs) if t is not threading.current_thread() and t.is_alive()]
+        for thread in others:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        busy = [self._jobs[thread] for thread in others if thread.is_alive()]
+        if busy:
             logger.warning(
-                "The stream is closed, but `next` of its images has not returned for %.0f s; its thread ends when it does",
+                "The stream is closed, but not all of its threads have ended in %.3g s; they end when this returns: %s",
                 CLOSE_SECONDS,
+                ", ".join(busy),
             )
-            self._read.put(_END)
-        runner.join()
 
     # In threads
 
@@ -209,10 +262,11 @@ class _Pipeline:
             after.put(_END)
 
     def _read_all(self) -> None:
-        pool = concurrent.futures.ThreadPoolExecutor(self._workers, "d2_trt stream decoder")
+        decoders = 0
         try:
             for index in range(2**63):
-                self._permits.acquire()
+                if index >= self._prefetch:
+                    self._permits.get()
                 if self._stopping.is_set():
                     return
                 pixels: concurrent.futures.Future = concurrent.futures.Future()
@@ -225,12 +279,36 @@ class _Pipeline:
                     self._read.put(_Read(index, "", pixels))
                     return
                 if isinstance(image, (str, PathLike)):
-                    self._read.put(_Read(index, fspath(image), pool.submit(_decode, image)))
+                    read = _Read(index, fspath(image), pixels)
+                    if decoders < self._workers:
+                        thread = self._thread(f"decoder {decoders}", self._decode_all)
+                        self._jobs[thread] = ""
+                        thread.start()
+                        decoders += 1
+                    self._files.put(read)
                 else:
                     pixels.set_result(image)
-                    self._read.put(_Read(index, "", pixels))
+                    read = _Read(index, "", pixels)
+                self._read.put(read)
         finally:
-            pool.shutdown(cancel_futures=self._stopping.is_set())
+            self._files.put(_END)
+
+    def _decode_all(self) -> None:
+        while (read := self._files.get()) is not _END and not self._stopping.is_set():
+            self._jobs[threading.current_thread()] = f"the reading of {_which(read.index, read.name)}"
+            try:
+                read.pixels.set_result(_decode(read.name))
+            except BaseException as error:
+                read.pixels.set_exception(error)
+            del read  # the pixels, which waiting for the next file would keep
+        self._files.put(_END)  # for the other decoders
+
+    def _wait(self, pixels: concurrent.futures.Future) -> bool:
+        """Wait until an image is read; False where the stream is closed meanwhile."""
+        while not self._stopping.is_set():
+            if concurrent.futures.wait([pixels], _POLL_SECONDS).done:
+                return True
+        return False
 
     def _run_all(self) -> None:
         device = self._model.device
@@ -243,7 +321,7 @@ class _Pipeline:
                     stream.wait_event(self._started)
             runner = _Runner(self._predictor, *streams)
             batch: list[_Loaded] = []
-            while (read := self._read.get()) is not _END and not self._stopping.is_set():
+            while (read := self._read.get()) is not _END and self._wait(read.pixels):
                 try:
                     image = runner.load(read)
                 except BaseException as error:
@@ -258,12 +336,11 @@ class _Pipeline:
                 if len(batch) == self._batch_size:
                     self._run(runner, batch)
                     batch = []
-            if not self._stopping.is_set():
-                self._run(runner, batch)
+            self._run(runner, batch)
 
     def _run(self, runner: _Runner, batch: list[_Loaded]) -> None:
         """Run a batch; where it fails, its images one by one, so that the error is that of the image that causes it."""
-        if not batch:
+        if not batch or self._stopping.is_set():
             return
         try:
             self._done.put(runner.run(batch))
@@ -318,13 +395,16 @@ class _Runner:
         return _Done(batch, logits, masks, tuple(images.shape[-2:]), image_sizes, output_sizes, ready)
 
 
-def _decode(path: str | PathLike) -> np.ndarray:
-    return read_image(fspath(path), format="BGR")
+def _decode(path: str) -> np.ndarray:
+    return read_image(path, format="BGR")
+
+
+def _which(index: int, name: str) -> str:
+    return f"image {index} ({name})" if name else f"image {index}"
 
 
 def _image_error(index: int, name: str, cause: Exception) -> ImageError:
-    which = f"image {index} ({name})" if name else f"image {index}"
-    error = ImageError(f"{which} of the stream: {type(cause).__name__}: {cause}", index)
+    error = ImageError(f"{_which(index, name)} of the stream: {type(cause).__name__}: {cause}", index)
     error.__cause__ = cause
     return error
 

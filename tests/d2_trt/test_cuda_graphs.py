@@ -196,6 +196,35 @@ def test_replays_give_tensors_that_the_caller_owns(trt, cuda):  # noqa: F811
         assert torch.equal(total, x + x) and torch.equal(product, x * x)
 
 
+@pytest.mark.parametrize("enabled", [True, False], ids=["collecting", "not collecting"])
+def test_garbage_waits_until_recording_is_over(cuda, request, enabled):  # noqa: F811
+    """What frees it, such as CUDA memory or another graph, would break the recording. The caller's setting is kept."""
+    freed_while_recording = []
+
+    class Garbage:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):
+            freed_while_recording.append(cuda.recording is not None)
+
+    def enqueue(handle):
+        if cuda.recording is not None:
+            Garbage()
+            for _ in range(100):
+                [[] for _ in range(100)]  # ten thousand objects, where the second is enough for a collection
+
+    before, thresholds = gc.isenabled(), gc.get_threshold()
+    request.addfinalizer(gc.enable if before else gc.disable)
+    request.addfinalizer(lambda: gc.set_threshold(*thresholds))
+    gc.set_threshold(2, 1, 1)
+    (gc.enable if enabled else gc.disable)()
+    CapturedRun(enqueue, torch.ones(1), [], torch.cuda.Stream())
+    assert gc.isenabled() == enabled
+    gc.collect()
+    assert freed_while_recording == [False]
+
+
 def test_modes_of_the_first_caller_do_not_bind_later_ones(trt, cuda):  # noqa: F811
     engine = Engine(make_plan(trt), CPU, max_graphs=1)
     with torch.inference_mode():
