@@ -291,6 +291,43 @@ def test_polygons_move_as_masks_do():
 
 
 @pytest.mark.parametrize(
+    "counts",
+    [
+        [1, 2],  # the rest would be what the memory held
+        [1, 100 * 90],
+        [-1, 100 * 90 + 1],
+        [10.5, 100 * 90 - 10.5],
+        ["10", 100 * 90 - 10],
+        None,
+        b"zzzzzzzzzz",
+        "1",
+        "\u00e4",
+        "",
+    ],
+)
+def test_run_lengths_that_do_not_cover_the_image_are_refused(counts):
+    size = (100, 90)
+    with pytest.raises(
+        ValueError, match=r"counts .*allowed: whole numbers from 0 that sum to the 100 x 90 = 9000"
+    ):
+        transform_mask({"size": list(size), "counts": counts}, size, NONE, size)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 1.0])
+def test_run_lengths_are_read_as_pycocotools_writes_them(share):
+    for number, size in enumerate([(1, 1), (60, 80), (700, 900)]):
+        mask = np.random.default_rng(number).random(size) < share
+        code = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+        text = code["counts"].decode("ascii")
+        for counts in (code["counts"], text, _runs(mask)):
+            got = transform_mask({"size": list(size), "counts": counts}, size, NONE, size)
+            np.testing.assert_array_equal(got, mask)
+        # One character less is another number, or half of one.
+        with pytest.raises(ValueError, match="allowed: whole numbers"):
+            transform_mask({"size": list(size), "counts": text[:-1]}, size, NONE, size)
+
+
+@pytest.mark.parametrize(
     "points, expected",
     [
         ([[2, 2], [8, 2], [8, 6]], [[2, 2], [8, 2], [8, 6]]),  # inside
