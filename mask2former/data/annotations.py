@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from .errors import AnnotationError
+
+# Segment ids are the colours of a PNG: R + 256 G + 65536 B.
+ID_RANGE = 256**3
+# What pycocotools reads of an instance besides its segmentation.
+_EVALUATED = ("iscrowd", "area", "bbox")
 _MOST_CHARACTERS = 7  # of a run length in COCO's text: 5 bits each, for 32 bits and a sign
 
 
@@ -84,3 +91,158 @@ def polygon_points(polygon: Any, fewest: int = 6) -> np.ndarray:
             f"a polygon is {str(polygon)[:80]}; expected x, y of at least three points, six finite numbers or more"
         )
     return points
+
+
+def check_segment(segment: Any, place: int, seen: set[int]) -> None:
+    """Check an entry of segments_info, and add its id to those seen in its image.
+
+    Raises:
+        ValueError: its id, category_id, iscrowd or area is not what it may be.
+    """
+    if not isinstance(segment, Mapping):
+        raise ValueError(
+            f"segment {place} is {str(segment)[:80]!r}; allowed: an object with id and category_id"
+        )
+    number = segment.get("id")
+    where = f"segment {place} (id {number!r}, category_id {segment.get('category_id')!r})"
+    if not _whole(number) or not 0 <= number < ID_RANGE:
+        raise ValueError(
+            f"{where}: its id is {_told(segment, 'id')}; allowed: a whole number, 0 .. {ID_RANGE - 1}"
+        )
+    if number in seen:
+        raise ValueError(f"{where}: another segment of the image has this id; allowed: each id once")
+    if not _whole(segment.get("category_id")):
+        raise ValueError(
+            f"{where}: its category_id is {_told(segment, 'category_id')}; allowed: the id of a category"
+        )
+    if segment.get("iscrowd", 0) not in (0, 1):
+        raise ValueError(f"{where}: its iscrowd is {_told(segment, 'iscrowd')}; allowed: 0 or 1")
+    if "area" in segment and not (_finite(segment["area"]) and segment["area"] >= 0):
+        raise ValueError(f"{where}: its area is {_told(segment, 'area')}; allowed: its number of pixels")
+    seen.add(number)
+
+
+def check_panoptic(path: str, annotations: Any) -> None:
+    """Check the annotations of a JSON in COCO's panoptic form.
+
+    Raises:
+        AnnotationError: one is not what it may be; names the JSON, the image and the segment.
+    """
+    if not isinstance(annotations, list):
+        raise AnnotationError(f"{path}: annotations is {str(annotations)[:80]!r}; allowed: a list")
+    for place, annotation in enumerate(annotations):
+        if not isinstance(annotation, Mapping):
+            raise AnnotationError(
+                f"{path}: annotation {place} is {str(annotation)[:80]!r}; allowed: an object"
+            )
+        lacking = [key for key in ("file_name", "image_id", "segments_info") if annotation.get(key) is None]
+        if lacking:
+            raise AnnotationError(
+                f"{path}: annotation {place}, of image {annotation.get('image_id')!r} ({annotation.get('file_name')}), has "
+                f"no {' and no '.join(lacking)}"
+            )
+        where = f"{path}: image {annotation['image_id']!r} ({annotation['file_name']})"
+        if not isinstance(annotation["segments_info"], list):
+            raise AnnotationError(
+                f"{where}: segments_info is {str(annotation['segments_info'])[:80]!r}; allowed: a list"
+            )
+        seen: set[int] = set()
+        try:
+            for i, segment in enumerate(annotation["segments_info"]):
+                check_segment(segment, i, seen)
+        except ValueError as error:
+            raise AnnotationError(f"{where}: {error}") from error
+
+
+def undrawn(ids: np.ndarray, segments: Iterable[Mapping[str, Any]]) -> list[int]:
+    """Ids of segments that a map (H, W) has no pixel of, but for those that say so with an area of 0."""
+    flat = ids.ravel()
+    present = set(flat[:1].tolist()) | set(flat[1:][flat[1:] != flat[:-1]].tolist())
+    return [s["id"] for s in segments if s["id"] not in present and s.get("area") != 0]
+
+
+def check_instances(path: str, content: Any, *, evaluated: bool) -> None:
+    """Check a JSON in COCO's form of instances.
+
+    Args:
+        evaluated: whether pycocotools reads it, which needs more, or training alone.
+
+    Raises:
+        AnnotationError: something in it is not what it may be; names the JSON, the image and the annotation.
+    """
+    for key in ("images", "categories") if evaluated else ("images", "annotations", "categories"):
+        if not isinstance(content, Mapping) or not isinstance(content.get(key), list):
+            raise AnnotationError(f"{path} has no list of {key}: it is not in COCO's form of instances")
+    images = {}
+    for place, image in enumerate(content["images"]):
+        lacking = [key for key in ("id", "file_name", "height", "width") if image.get(key) is None]
+        if lacking:
+            raise AnnotationError(
+                f"{path}: image {place} (id {image.get('id')!r}, {image.get('file_name')}) has no "
+                f"{' and no '.join(lacking)}"
+            )
+        images[image["id"]] = image
+    categories = [category.get("id") for category in content["categories"]]
+    seen: set[Any] = set()
+    for place, annotation in enumerate(content.get("annotations", ())):
+        image = images.get(annotation.get("image_id"))
+        name = f" ({image['file_name']})" if image else ""
+        where = (
+            f"{path}: annotation {annotation.get('id', f'without an id, number {place},')} of image "
+            f"{annotation.get('image_id')!r}{name}"
+        )
+        try:
+            lacking = [key for key in ("id", "image_id", "category_id") if annotation.get(key) is None]
+            if lacking:
+                raise ValueError(f"it has no {' and no '.join(lacking)}")
+            if annotation["id"] in seen:
+                raise ValueError("another annotation has this id; allowed: each id once")
+            seen.add(annotation["id"])
+            _check_instance(annotation, image, evaluated)
+        except ValueError as error:
+            raise AnnotationError(f"{where}: {error}") from error
+        if annotation["category_id"] not in categories:
+            # COCOeval would leave it out without a word.
+            raise AnnotationError(
+                f"{where} is of category id {annotation['category_id']}, which the file does not define; allowed: "
+                f"{categories}"
+            )
+
+
+def _check_instance(annotation: Mapping[str, Any], image: Mapping[str, Any] | None, evaluated: bool) -> None:
+    if evaluated:
+        lacking = [key for key in _EVALUATED if annotation.get(key) is None]
+        if lacking:
+            raise ValueError(f"it has no {' and no '.join(lacking)}, which AP is computed with")
+        if not _finite(annotation["area"]) or annotation["area"] < 0:
+            raise ValueError(f"its area is {annotation['area']!r}; allowed: a number from 0")
+        if annotation["iscrowd"] not in (0, 1):
+            raise ValueError(f"its iscrowd is {annotation['iscrowd']!r}; allowed: 0 or 1")
+    box = annotation.get("bbox")
+    if box is not None and not (isinstance(box, list) and len(box) == 4 and all(map(_finite, box))):
+        raise ValueError(f"its bbox is {str(box)[:80]}; allowed: x, y, width and height, four numbers")
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, Mapping):
+        if image is not None:
+            check_run_length_code(segmentation, (image["height"], image["width"]))
+    elif isinstance(segmentation, list) and segmentation:
+        for place, polygon in enumerate(segmentation):
+            # pycocotools takes lines too, but where the first is one it fails.
+            polygon_points(polygon, fewest=4 if evaluated and place else 6)
+    else:
+        raise ValueError(
+            f"its segmentation is {_told(annotation, 'segmentation')}; allowed: polygons (a list), or a run-length code "
+            "(an object with size and counts)"
+        )
+
+
+def _told(entry: Mapping[str, Any], key: str) -> str:
+    return "missing" if key not in entry else "null" if entry[key] is None else repr(entry[key])[:80]
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and math.isfinite(value)

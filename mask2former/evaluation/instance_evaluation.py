@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,8 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
 from pycocotools.cocoeval import COCOeval
 
-from ..data.errors import AnnotationError
+from ..data.annotations import check_instances
+from ..data.errors import UNREADABLE, AnnotationError, read_json
 from .formats import RLEMixin
 from .whole_files import WholeFilesMixin
 
@@ -30,7 +30,12 @@ class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
             dataset_name: with json_file (COCO instances) in its metadata.
             output_dir: where predictions are written, None for nowhere.
             distributed: gather from all ranks.
+
+        Raises:
+            AnnotationError: the JSON, or an annotation in it, is not what pycocotools reads, which would fail without a name
+                or count something else.
         """
+        path = MetadataCatalog.get(dataset_name).get("json_file")
         try:
             super().__init__(
                 dataset_name,
@@ -38,19 +43,15 @@ class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
                 output_dir=output_dir,
                 use_fast_impl=_has_fast_coco_eval(),
             )
-        except json.JSONDecodeError as error:
-            path = MetadataCatalog.get(dataset_name).get("json_file")
-            raise AnnotationError(f"{path} is no valid JSON ({error}): is it complete?") from error
+        except FileNotFoundError:
+            raise
+        except UNREADABLE as error:
+            if path:
+                check_instances(path, read_json(path), evaluated=True)
+            raise AnnotationError(f"{path or dataset_name} cannot be evaluated on: {error!r}") from error
         self._name = dataset_name
-        unknown = {a["category_id"] for a in self._coco_api.dataset.get("annotations", ())}
-        unknown -= set(self._coco_api.getCatIds())
-        if unknown:
-            # COCOeval would leave them out without a word.
-            first = next(a for a in self._coco_api.dataset["annotations"] if a["category_id"] in unknown)
-            raise AnnotationError(
-                f"{MetadataCatalog.get(dataset_name).json_file}: annotation {first.get('id')} of image "
-                f"{first['image_id']!r} is of category id {first['category_id']}, which the file does not define"
-            )
+        if path:
+            check_instances(path, self._coco_api.dataset, evaluated=True)
         metadata = MetadataCatalog.get(dataset_name)
         mapping = metadata.get("thing_dataset_id_to_contiguous_id")
         self._closed_up: dict[int, int] | None = None

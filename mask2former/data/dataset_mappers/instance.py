@@ -100,14 +100,20 @@ class _InstanceMapper(TrainMapper):
             )
         new_size = inputs.image.shape[:2]
         classes, masks = [], []
-        for annotation in record["annotations"]:
+        for place, annotation in enumerate(record["annotations"]):
             if annotation.get("iscrowd", 0):
                 continue
             if "segmentation" not in annotation:
                 raise ValueError(
-                    f"an annotation of category {annotation.get('category_id')} has no segmentation; boxes alone do not do"
+                    f"annotation {place} of category {annotation.get('category_id')} has no segmentation; allowed: "
+                    "polygons or a run-length code, boxes alone do not do"
                 )
-            mask = transform_mask(annotation["segmentation"], size, transforms, new_size)
+            try:
+                mask = transform_mask(annotation["segmentation"], size, transforms, new_size)
+            except ValueError as error:
+                raise ValueError(
+                    f"annotation {place} of the image (category {annotation.get('category_id')}): {error}"
+                ) from error
             if self.keep_empty or mask.any():
                 classes.append(annotation["category_id"])
                 masks.append(mask)

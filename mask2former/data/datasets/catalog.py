@@ -8,6 +8,7 @@ from importlib import resources
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from ..annotations import check_panoptic
 from ..errors import AnnotationError, read_json
 
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
@@ -142,6 +143,7 @@ def load_panoptic(
     annotations = read_json(panoptic_json).get("annotations")
     if not annotations:
         raise ValueError(f"Data set '{name}': {panoptic_json} lists no annotations.")
+    check_panoptic(panoptic_json, annotations)
 
     things = metadata["thing_dataset_id_to_contiguous_id"]
     contiguous = {**metadata["stuff_dataset_id_to_contiguous_id"], **things}
@@ -157,12 +159,6 @@ def load_panoptic(
 
     records = []
     for annotation in annotations:
-        lacking = [key for key in ("file_name", "image_id", "segments_info") if key not in annotation]
-        if lacking:
-            raise AnnotationError(
-                f"Data set '{name}': the annotation of image {annotation.get('image_id')!r} in {panoptic_json} has no "
-                f"{' and no '.join(lacking)}."
-            )
         png = annotation["file_name"]
         records.append(
             {

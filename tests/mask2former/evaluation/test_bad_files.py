@@ -132,6 +132,116 @@ def _unknown_category(root, kind):
     path.write_text(json.dumps(content))
 
 
+def _edit(root, kind, change) -> None:
+    path = root / "annotations" / f"{kind}_val.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def _change_segment(**changes):
+    def change(content):
+        content["annotations"][1]["segments_info"][0].update(changes)
+
+    return "panoptic", change
+
+
+def _change_instance(**changes):
+    """Of the first annotation of the second image; a value that is a function is asked for the image's value."""
+
+    def change(content):
+        image = next(i for i in content["images"] if i["id"] == 1000002)
+        annotation = next(a for a in content["annotations"] if a["image_id"] == 1000002)
+        for key, value in changes.items():
+            annotation[key] = value(image) if callable(value) else value
+
+    return "instances", change
+
+
+def _drop(kind, key):
+    def change(content):
+        annotation = next(a for a in content["annotations"] if a["image_id"] == 1000002)
+        (annotation["segments_info"][0] if kind == "panoptic" else annotation).pop(key)
+
+    return kind, change
+
+
+def _counts(*counts):
+    return lambda image: {"size": [image["height"], image["width"]], "counts": list(counts)}
+
+
+SEGMENT = r"panoptic_val.json: image 1000002 \(1000002.png\): segment 0 \(.*\): "
+INSTANCE = r"instances_val.json: annotation \d+ of image 1000002 \(1000002.png\): "
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (_change_segment(id=None), SEGMENT + r"its id is null; allowed: a whole number, 0 \.\. 16777215"),
+        (_drop("panoptic", "id"), SEGMENT + "its id is missing; allowed"),
+        (_drop("panoptic", "category_id"), SEGMENT + "its category_id is missing; allowed"),
+        (_change_segment(area="wide"), SEGMENT + "its area is 'wide'; allowed"),
+        (
+            _change_segment(id=16_000_000),
+            r"panoptic/1000002.png \(image_id 1000002\) has no pixel of the segments \[16000000\] .*panoptic_val.json lists",
+        ),
+        (_change_instance(segmentation=None), INSTANCE + "its segmentation is null; allowed: polygons"),
+        (_change_instance(segmentation=[]), INSTANCE + r"its segmentation is \[\]; allowed: polygons"),
+        (_change_instance(segmentation=[[1, 2, 3, 4]]), INSTANCE + r"a polygon is \[1, 2, 3, 4\]; expected"),
+        (_change_instance(segmentation=[[1, 2]]), INSTANCE + r"a polygon is \[1, 2\]; expected"),
+        (
+            _change_instance(segmentation=_counts(1, 2)),
+            INSTANCE + "a run-length code .*; allowed: whole numbers",
+        ),
+        (
+            _change_instance(segmentation=_counts(-1, 9)),
+            INSTANCE + "a run-length code .*; allowed: whole numbers",
+        ),
+        (_change_instance(area=None), INSTANCE + "it has no area, which AP"),
+        (_change_instance(area=-1), INSTANCE + "its area is -1; allowed: a number from 0"),
+        (_change_instance(bbox=[1, 2]), INSTANCE + r"its bbox is \[1, 2\]; allowed"),
+        (_change_instance(iscrowd=2), INSTANCE + "its iscrowd is 2; allowed: 0 or 1"),
+        *(
+            (_drop("instances", key), INSTANCE + f"it has no {key}, which AP")
+            for key in ("area", "bbox", "iscrowd")
+        ),
+        (
+            _drop("instances", "id"),
+            "instances_val.json: annotation without an id, .* of image 1000002 .*it has no id",
+        ),
+        (
+            ("instances", lambda c: [a.update(id=1) for a in c["annotations"]]),
+            r"instances_val.json: annotation 1 of image \d+ .*another annotation has this id",
+        ),
+        (("instances", lambda c: c.pop("images")), "instances_val.json has no list of images"),
+    ],
+)
+def test_annotations_that_cannot_be_compared_are_named(good_root, tmp_path, damage, message):
+    root = tmp_path / "shapes"
+    shutil.copytree(good_root, root)
+    _edit(root, *damage)
+    prefix = f"badannotation_{tmp_path.name}"
+    register_shapes(str(root), prefix)
+    with pytest.raises(AnnotationError, match=message):
+        evaluate_model(make_cfg(prefix, tmp_path / "out"), OneSquare().eval())
+    assert not (tmp_path / "out" / "inference" / "results.json").exists()
+
+
+def test_line_beside_a_polygon_is_evaluated_as_pycocotools_does(good_root, tmp_path):
+    root = tmp_path / "shapes"
+    shutil.copytree(good_root, root)
+    square = [0, 0, 20, 0, 20, 20, 0, 20]
+    _edit(
+        root,
+        *_change_instance(
+            segmentation=[square, [0, 0, 20, 0]], bbox=[0, 0, 20, 20], area=400, category_id=12
+        ),
+    )
+    register_shapes(str(root), "fournumbers")
+    results = evaluate_model(make_cfg("fournumbers", tmp_path / "out"), OneSquare().eval())
+    assert results["segm"]["AP"] > 0
+
+
 def _half_json(root, kind):
     path = root / "annotations" / f"{kind}_val.json"
     path.write_text(path.read_text()[:200])
@@ -165,7 +275,7 @@ def _half_json(root, kind):
         (
             _unknown_category,
             "instances",
-            r"instances_val.json: annotation \d+ of image \d+ is of category id \d+, which",
+            r"instances_val.json: annotation \d+ of image \d+ \(\d+.png\) is of category id \d+, which",
         ),
         (_half_json, "instances", r"instances_val.json is no valid JSON"),
     ],
