@@ -87,6 +87,12 @@ class TrainStep(SimpleTrainer):
         self.grad_scaler.update()
         # Last, and in one piece: this waits for the GPU.
         values = torch.stack(list(losses.values())).detach().cpu()
+        if not values.isfinite().all():
+            bad = {name: value.item() for name, value in zip(losses, values) if not value.isfinite()}
+            raise FloatingPointError(
+                f"losses are NaN or infinite ({str(bad)[:200]}): training has diverged. Lower SOLVER.BASE_LR, or set "
+                "SOLVER.AMP.ENABLED False, and resume from an earlier checkpoint"
+            )
         self._write_metrics(dict(zip(losses, values)), data_time)
 
     def _load(self) -> tuple[list[dict], float]:

@@ -343,6 +343,19 @@ def test_diverged_training_stops_with_a_reason(root, tmp_path):
     assert not list(tmp_path.glob("*.pth"))
 
 
+def test_losses_that_diverge_stop_the_training_too(monkeypatch):
+    """Where predictions were finite."""
+    model = OneLoss()
+    step = TrainStep(model, Counted(2), torch.optim.SGD(model.parameters(), 0.1), amp=False, max_iter=3)
+    monkeypatch.setattr(step, "_write_metrics", lambda *_: pytest.fail("they were taken for figures"))
+    model.weight.data.fill_(float("inf"))
+    step.iter = 0
+    with pytest.raises(
+        FloatingPointError, match=r"'loss': inf.*training has diverged\. Lower SOLVER.BASE_LR"
+    ):
+        step.run_step()
+
+
 @pytest.mark.slow
 def test_evaluation_during_training(root, tmp_path):
     cfg = make_cfg(
