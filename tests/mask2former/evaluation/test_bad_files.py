@@ -317,20 +317,52 @@ def test_damaged_semantic_map_is_named(good_root, tmp_path, damage, message):
         evaluate_model(cfg, OneSquare().eval())
 
 
-def test_image_without_segments_is_evaluated(good_root, tmp_path):
+def _only_squares(root: Path, without: str) -> None:
+    """Truth that `OneSquare` sees, but in the second image, which has no segments.
+
+    Args:
+        without: what the panoptic map of that image shows instead: "void", or "unlisted", a segment that nothing tells of.
+    """
+    square = {"category_id": 12, "iscrowd": 0, "area": 400, "bbox": [0, 0, 20, 20]}
+
+    def panoptic(content):
+        for annotation in content["annotations"]:
+            path = root / "val" / "panoptic" / annotation["file_name"]
+            with Image.open(path) as image:
+                drawn = Image.new("RGB", image.size)
+            empty = annotation["image_id"] == 1000002
+            if not empty or without == "unlisted":
+                drawn.paste((7, 0, 0), (0, 0, 20, 20))
+            drawn.save(path)
+            annotation["segments_info"] = [] if empty else [{**square, "id": 7}]
+
+    def instances(content):
+        polygon = [[0, 0, 20, 0, 20, 20, 0, 20]]
+        content["annotations"] = [
+            {**square, "id": i, "image_id": image["id"], "segmentation": polygon}
+            for i, image in enumerate(content["images"], start=1)
+            if image["id"] != 1000002
+        ]
+
+    _edit(root, "panoptic", panoptic)
+    _edit(root, "instances", instances)
+
+
+@pytest.mark.parametrize("without", ["void", "unlisted"])
+def test_image_without_segments_is_evaluated(good_root, tmp_path, without):
+    """A prediction in it is a false positive; of PQ it is none where the map is void there."""
     root = tmp_path / "shapes"
     shutil.copytree(good_root, root)
-    for kind in ("panoptic", "instances"):
-        path = root / "annotations" / f"{kind}_val.json"
-        content = json.loads(path.read_text())
-        if kind == "panoptic":
-            content["annotations"][1]["segments_info"] = []
-        else:
-            content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 1000002]
-        path.write_text(json.dumps(content))
-    register_shapes(str(root), "nosegments")
-    results = evaluate_model(make_cfg("nosegments", tmp_path / "out"), OneSquare().eval())
-    assert set(results) == {"panoptic_seg", "bbox", "segm", "sem_seg"}
+    _only_squares(root, without)
+    register_shapes(str(root), f"nosegments_{without}")
+    results = evaluate_model(make_cfg(f"nosegments_{without}", tmp_path / "out"), OneSquare().eval())
+    false = int(without == "unlisted")
+    assert results["panoptic_seg"]["PQ"] == pytest.approx(100 * 3 / (3 + 0.5 * false))
+    assert results["panoptic_seg"]["SQ"] == pytest.approx(100)
+    # Four predictions of one score in the images' order, the second of them false, at 101 recalls.
+    precision = [1.0 if recall <= 1 / 3 else 0.75 for recall in (i / 100 for i in range(101))]
+    for task in ("segm", "bbox"):
+        assert results[task]["AP50"] == pytest.approx(100 * sum(precision) / 101)
 
 
 def _killed_evaluation(rank: int, root: str, output: str, when: str) -> None:
