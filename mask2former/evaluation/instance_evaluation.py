@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from ..data.annotations import check_instances
 from ..data.errors import UNREADABLE, AnnotationError, read_json
 from .formats import RLEMixin
 from .whole_files import WholeFilesMixin
+
+logger = logging.getLogger(__name__)
 
 
 class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
@@ -52,6 +55,14 @@ class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
         self._name = dataset_name
         if path:
             check_instances(path, self._coco_api.dataset, evaluated=True)
+        if 0 in self._coco_api.anns:
+            # COCOeval marks what is matched by the annotation's id.
+            logger.warning(
+                "%s: annotation 0 of image %r counts as never found, as pycocotools takes its id for none. Number "
+                "annotations from 1",
+                path,
+                self._coco_api.anns[0]["image_id"],
+            )
         metadata = MetadataCatalog.get(dataset_name)
         mapping = metadata.get("thing_dataset_id_to_contiguous_id")
         self._closed_up: dict[int, int] | None = None

@@ -242,6 +242,17 @@ def test_line_beside_a_polygon_is_evaluated_as_pycocotools_does(good_root, tmp_p
     assert results["segm"]["AP"] > 0
 
 
+def test_annotation_that_pycocotools_does_not_count_is_told(good_root, tmp_path, caplog):
+    root = tmp_path / "shapes"
+    shutil.copytree(good_root, root)
+    _edit(root, *_change_instance(id=0))
+    register_shapes(str(root), "idzero")
+    with caplog.at_level("WARNING", "mask2former"):
+        evaluate_model(make_cfg("idzero", tmp_path / "out"), OneSquare().eval())
+    (told,) = [r.getMessage() for r in caplog.records if "Number annotations from 1" in r.getMessage()]
+    assert "instances_val.json: annotation 0 of image 1000002 counts as never found" in told
+
+
 def _half_json(root, kind):
     path = root / "annotations" / f"{kind}_val.json"
     path.write_text(path.read_text()[:200])
