@@ -176,7 +176,7 @@ def test_large_scale_jitter_covers_its_scales():
 
 @pytest.fixture
 def lopsided(tmp_path) -> tuple[dict, np.ndarray, np.ndarray]:
-    """A record for every mapper, its image (64, 64, 3), and the mask (64, 64) of its segment; no two mirrorings are alike."""
+    """A record for every mapper, its image (64, 64, 3), and the mask (64, 64) of its segment, neither of them symmetric."""
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     mask = np.zeros((64, 64), dtype=np.uint8)
     mask[5:20, 3:40] = 1
