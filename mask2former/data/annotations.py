@@ -103,22 +103,20 @@ def check_segment(segment: Any, place: int, seen: set[int]) -> None:
         raise ValueError(
             f"segment {place} is {str(segment)[:80]!r}; allowed: an object with id and category_id"
         )
-    number = segment.get("id")
-    where = f"segment {place} (id {number!r}, category_id {segment.get('category_id')!r})"
+    number, category = segment.get("id"), segment.get("category_id")
+    wrong = None
     if not _whole(number) or not 0 <= number < ID_RANGE:
-        raise ValueError(
-            f"{where}: its id is {_told(segment, 'id')}; allowed: a whole number, 0 .. {ID_RANGE - 1}"
-        )
-    if number in seen:
-        raise ValueError(f"{where}: another segment of the image has this id; allowed: each id once")
-    if not _whole(segment.get("category_id")):
-        raise ValueError(
-            f"{where}: its category_id is {_told(segment, 'category_id')}; allowed: the id of a category"
-        )
-    if segment.get("iscrowd", 0) not in (0, 1):
-        raise ValueError(f"{where}: its iscrowd is {_told(segment, 'iscrowd')}; allowed: 0 or 1")
-    if "area" in segment and not (_finite(segment["area"]) and segment["area"] >= 0):
-        raise ValueError(f"{where}: its area is {_told(segment, 'area')}; allowed: its number of pixels")
+        wrong = f"its id is {_told(segment, 'id')}; allowed: a whole number, 0 .. {ID_RANGE - 1}"
+    elif number in seen:
+        wrong = "another segment of the image has this id; allowed: each id once"
+    elif not _whole(category):
+        wrong = f"its category_id is {_told(segment, 'category_id')}; allowed: the id of a category"
+    elif segment.get("iscrowd", 0) not in (0, 1):
+        wrong = f"its iscrowd is {_told(segment, 'iscrowd')}; allowed: 0 or 1"
+    elif "area" in segment and not (_finite(segment["area"]) and segment["area"] >= 0):
+        wrong = f"its area is {_told(segment, 'area')}; allowed: its number of pixels"
+    if wrong:
+        raise ValueError(f"segment {place} (id {number!r}, category_id {category!r}): {wrong}")
     seen.add(number)
 
 
