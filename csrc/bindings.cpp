@@ -18,7 +18,7 @@ void bind_window_attention(py::module_& module);
 PYBIND11_MODULE(_kernels, module) {
     module.doc() = "CUDA kernels of d2_trt; see csrc/.";
     // Goes up where functions or their arguments change; mask2former/kernels.py takes no other.
-    module.attr("INTERFACE") = 2;
+    module.attr("INTERFACE") = 3;
     d2_trt::bind_attention(module);
     d2_trt::bind_mlp(module);
     d2_trt::bind_ms_deform_attn(module);

@@ -38,6 +38,7 @@ _DEFAULTS = {
         "BATCH_SIZE": 1,
         # Threads of a process that compare results with the truth while the model has the next images. 0: none, each
         # image is compared before the next; -1: its share of the CPUs, at most 8. The figures do not depend on it.
+        # Also how many processes compute AP afterwards, at most; there -1 are all CPUs: a job's other processes wait.
         "EVALUATION_THREADS": -1,
     },
     "MODEL": {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 MODULE = "mask2former._kernels"
-INTERFACE = 2  # of csrc/bindings.cpp: functions and arguments that go with this package
+INTERFACE = 3  # of csrc/bindings.cpp: functions and arguments that go with this package
 BUILD_HINT = "`python setup.py build_ext --inplace`, with nvcc on the PATH, compiles them"
 
 

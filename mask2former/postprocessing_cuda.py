@@ -387,6 +387,7 @@ class _Batch:
         starts, counts = row[at["run_starts"] :], row[at["run_counts"] :]
         texts = self.module.encode_runs(
             boundaries.data_ptr(),
+            len(boundaries),
             [starts[s] for s in distinct],
             [counts[s] for s in distinct],
             height * width,

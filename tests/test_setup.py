@@ -11,9 +11,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
+from bootstrap_console import advice_for
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = ROOT / "setup.py"
@@ -106,6 +109,17 @@ class Checkout:
             capture_output=True,
             text=True,
             timeout=120,
+        )
+
+    def pip(self, *command: str) -> subprocess.CompletedProcess:
+        """`pip command`, in an environment without what this one has where pip builds something."""
+        return subprocess.run(
+            [sys.executable, "-m", "pip", "--disable-pip-version-check", *command],
+            cwd=self.root,
+            env={**self.environment, "PIP_RETRIES": "1", "PIP_DEFAULT_TIMEOUT": "20"},
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
 
     def build(self, **environment: str) -> subprocess.CompletedProcess:
@@ -284,6 +298,35 @@ def test_architectures_that_are_none_are_named(checkout, wrong):
     done = checkout.run("-q", "build_ext", "--inplace", D2_TRT_CUDA_ARCHS=wrong)
     assert done.returncode != 0
     assert f"D2_TRT_CUDA_ARCHS is {wrong!r}" in done.stderr
+
+
+def test_pip_compiles_the_kernels_in_a_build_environment_of_its_own(checkout):
+    shutil.copy(ROOT / "pyproject.toml", checkout.root)
+    done = checkout.pip("wheel", "--no-deps", "--wheel-dir", "dist", "-v", ".")
+    if done.returncode != 0 and "could not be reached" in advice_for(done.stdout + done.stderr):
+        pytest.skip("pip reaches no package index, from which it takes what a build needs")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (checkout.root / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.startswith("mask2former/_kernels.")], names
+    assert "py3-none-any" not in wheel.name
+    assert len(checkout.compiled()) == 3
+
+
+def test_source_distribution_has_what_the_build_compiles(checkout):
+    shutil.rmtree(checkout.root / "csrc")
+    shutil.copytree(ROOT / "csrc", checkout.root / "csrc")
+    for name in ("pyproject.toml", "MANIFEST.in"):
+        shutil.copy(ROOT / name, checkout.root)
+    done = checkout.run("-q", "sdist")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (checkout.root / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        (top,) = {name.split("/")[0] for name in tar.getnames()}
+        names = {name.removeprefix(top + "/") for name in tar.getnames()}
+    there = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert there <= names
+    assert {"setup.py", "pyproject.toml"} <= names
 
 
 def real_nvcc() -> str | None:

@@ -298,7 +298,9 @@ class Ledger:
         reference = references(self._file.rows).get(place(columns))
         values.update(differences({**columns, **values}, reference))
         try:
-            tables = ImageTables.of_predictions(columns["dataset"], os.path.join(folder, "inference"))
+            tables = ImageTables.of_predictions(
+                columns["dataset"], os.path.join(folder, "inference"), cfg.TEST.EVALUATION_THREADS
+            )
             tables.save(os.path.join(folder, TABLES))
             values.update(standard_error_columns({**columns, **values}, reference, self._args.work))
         except Exception as error:  # whatever it is, the metrics are measured

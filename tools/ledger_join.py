@@ -9,9 +9,8 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
 from ledger_evaluation import METRICS
-from ledger_images import ImageTables, standard_errors
+from ledger_images import ImageTables, Resampled, standard_errors
 from measurements import MACHINE, read_rows
 
 Row = dict[str, str]
@@ -96,26 +95,27 @@ def standard_error_columns(row: Mapping, reference: Mapping | None, work: str) -
     columns: dict[str, float | str] = {f"se_{name}": "" for name in LIMITED}
     if reference is None or is_reference(row):
         return columns
-    tables = [_tables(work, one) for one in (row, reference)]
-    if None not in tables:
-        for name, value in standard_errors(*tables).items():
-            if all(_is_of(one, measured, name) for one, measured in zip(tables, (row, reference))):
+    both = [_resampled(work, one) for one in (row, reference)]
+    if None not in both:
+        for name, value in standard_errors(*both).items():
+            if all(_is_of(one, measured, name) for one, measured in zip(both, (row, reference))):
                 columns[f"se_{name}"] = round(value, 4)
     return columns
 
 
-def _tables(work: str, row: Mapping) -> ImageTables | None:
+def _resampled(work: str, row: Mapping) -> Resampled | None:
     path = os.path.join(row_folder(work, row), TABLES)
     try:
-        return _load_tables(path, os.stat(path).st_mtime_ns)
+        return _load_resampled(path, os.stat(path).st_mtime_ns)
     except OSError:
         return None
 
 
-@functools.lru_cache(maxsize=8)
-def _load_tables(path: str, changed: int) -> ImageTables | None:
+@functools.cache
+def _load_resampled(path: str, changed: int) -> Resampled | None:
+    """One file's, once for all rows that it is compared with."""
     try:
-        return ImageTables.load(path)
+        return Resampled(ImageTables.load(path))
     except (OSError, ValueError) as error:
         print(
             f"accuracy_ledger.py: warning: no standard errors of {path}, which cannot be read: {error}",
@@ -124,10 +124,9 @@ def _load_tables(path: str, changed: int) -> ImageTables | None:
         return None
 
 
-def _is_of(tables: ImageTables, row: Mapping, metric: str) -> bool:
+def _is_of(tables: Resampled, row: Mapping, metric: str) -> bool:
     """Whether these images' counts give a row's metric."""
-    value = tables.metrics(np.ones((1, len(tables.images))))[metric][0]
-    return row.get(metric, "") != "" and abs(float(row[metric]) - value) <= _SAME
+    return row.get(metric, "") != "" and abs(float(row[metric]) - tables.whole[metric]) <= _SAME
 
 
 def joined(paths: Sequence[str], fields: Sequence[str], work: str) -> list[Row]:

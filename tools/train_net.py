@@ -42,6 +42,7 @@ Examples:
     python tools/train_net.py --eval-only --num-gpus 2 \\
         --config-file configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml \\
         MODEL.WEIGHTS model_final.pkl TEST.BATCH_SIZE 4
+  the same after a crash, from where it was: add --resume (weights of OUTPUT_DIR's last checkpoint, if it has one)
   train on COCO as the release does, and go on after an interruption:
     python tools/train_net.py --num-gpus 8 [--resume] \\
         --config-file configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml OUTPUT_DIR output/r50
@@ -225,7 +226,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     if small := engine_too_small(cfg):
         logger.warning("%s. Until then PyTorch runs the full batches", small)
-    results = evaluate_model(cfg, model)
+    results = evaluate_model(cfg, model, resume=args.resume)
     if comm.is_main_process():
         verify_results(cfg, results)
     return results

@@ -19,8 +19,7 @@ constexpr int kMostResident = 3;
 // of its kind with more of them.
 constexpr int kMostMultiprocessors = 192;
 
-void check_sizes(AttentionSizes const& sizes, Device const& on) {
-    check_device(on, "attention");
+void check_sizes(AttentionSizes const& sizes) {
     require(sizes.batch >= 0 && sizes.batch <= 65535, "attention: batch is ", sizes.batch, "; expected 0 to 65535");
     require(
         sizes.queries >= 0 && sizes.queries <= kMaxRows, "attention: ", sizes.queries, " queries; expected 0 to ", kMaxRows);
@@ -155,8 +154,8 @@ std::int64_t floats_of_a_split(AttentionSizes const& sizes) { return sizes.heads
 }  // namespace
 
 std::size_t attention_workspace(AttentionSizes const& sizes) {
-    Device const& on = device();
-    check_sizes(sizes, on);
+    check_sizes(sizes);
+    check_device(device(), "attention");
     bool const masked = sizes.mask_dim > 0;
     if (!masked && sizes.keys <= kFewKeys) return 0;
     // In words of four bytes: of the mask, and of the splits' sums.
@@ -169,8 +168,7 @@ std::size_t attention_workspace(AttentionSizes const& sizes) {
 }
 
 void attention(AttentionTensors const& tensors, AttentionSizes const& sizes, cudaStream_t stream) {
-    Device const& on = device();
-    check_sizes(sizes, on);
+    check_sizes(sizes);
     check_stride(sizes.q_stride, sizes, "q");
     check_stride(sizes.k_stride, sizes, "k");
     check_stride(sizes.v_stride, sizes, "v");
@@ -186,12 +184,15 @@ void attention(AttentionTensors const& tensors, AttentionSizes const& sizes, cud
     require_aligned(address(tensors.k), 16, "attention: k");
     require_aligned(address(tensors.v), 16, "attention: v");
     require_aligned(address(tensors.out), 16, "attention: out");
-    if (tensors.q_pos != nullptr) require_aligned(address(tensors.q_pos), 16, "attention: positions of q");
-    if (tensors.k_pos != nullptr) require_aligned(address(tensors.k_pos), 16, "attention: positions of k");
+    if (tensors.q_pos != nullptr) require_aligned(address(tensors.q_pos), 16, "attention: q_pos");
+    if (tensors.k_pos != nullptr) require_aligned(address(tensors.k_pos), 16, "attention: k_pos");
     if (sizes.mask_dim > 0) {
         require_aligned(address(tensors.mask_embed), 16, "attention: mask_embed");
         require_aligned(address(tensors.features), 16, "attention: features");
+        require_aligned(address(tensors.workspace), 16, "attention: workspace");
     }
+    Device const& on = device();
+    check_device(on, "attention");
     AttentionProblem problem{};
     problem.q = tensors.q;
     problem.k = tensors.k;

@@ -4,7 +4,7 @@
 
 #include "attention/attention.h"
 #include "attention/mask_features.h"
-#include "common/check.h"
+#include "common/device_memory.h"
 
 namespace py = pybind11;
 
@@ -36,6 +36,9 @@ void forward(
     std::uintptr_t mask_embed, std::uintptr_t features, std::uintptr_t workspace, std::string const& dtype,
     std::int64_t batch, std::int64_t queries, std::int64_t keys, std::int64_t heads, std::int64_t dim, std::int64_t mask_dim,
     std::int64_t q_stride, std::int64_t k_stride, std::int64_t v_stride, std::int64_t pos_stride, std::uintptr_t stream) {
+    require_device_memory(
+        "attention", {{"q", q}, {"k", k}, {"v", v}, {"out", out}, {"q_pos", q_pos}, {"k_pos", k_pos},
+                      {"mask_embed", mask_embed}, {"features", features}, {"workspace", workspace}});
     AttentionSizes sizes = sizes_of(batch, queries, keys, heads, dim, mask_dim);
     sizes.q_stride = q_stride;
     sizes.k_stride = k_stride;
@@ -58,6 +61,7 @@ void forward(
 void product(
     std::uintptr_t embed, std::uintptr_t features, std::uintptr_t logits, std::string const& dtype, std::int64_t batch,
     std::int64_t queries, std::int64_t pixels, std::int64_t channels, std::uintptr_t stream) {
+    require_device_memory("mask_product", {{"embed", embed}, {"features", features}, {"logits", logits}});
     mask_product(
         reinterpret_cast<float const*>(embed), reinterpret_cast<void const*>(features), reinterpret_cast<float*>(logits),
         dtype_from_name(dtype, "mask_product: features"), batch, queries, pixels, channels,
@@ -67,6 +71,7 @@ void product(
 void resize(
     std::uintptr_t features, std::uintptr_t out, std::string const& dtype, std::int64_t batch, std::int64_t height,
     std::int64_t width, std::int64_t channels, std::int64_t out_height, std::int64_t out_width, std::uintptr_t stream) {
+    require_device_memory("resize_mask_features", {{"features", features}, {"out", out}});
     ResizeSizes sizes;
     sizes.batch = batch;
     sizes.channels = channels;

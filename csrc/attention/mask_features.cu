@@ -37,8 +37,6 @@ void mask_product(
     float const* embed, void const* features, float* logits, DType type, std::int64_t batch, std::int64_t queries,
     std::int64_t pixels, std::int64_t channels, cudaStream_t stream) {
     constexpr std::int64_t kMost = std::int64_t{1} << 28;
-    Device const& on = device();
-    check_device(on, "mask_product");
     check_half(type, "mask_product");
     require(
         batch >= 0 && batch <= 65535 && queries >= 0 && queries <= 65535 && pixels >= 0 && pixels <= kMost,
@@ -51,6 +49,8 @@ void mask_product(
     require_aligned(reinterpret_cast<std::uintptr_t>(embed), 16, "mask_product: embed");
     require_aligned(reinterpret_cast<std::uintptr_t>(features), 16, "mask_product: features");
     require_aligned(reinterpret_cast<std::uintptr_t>(logits), 16, "mask_product: logits");
+    Device const& on = device();
+    check_device(on, "mask_product");
     MaskProblem problem{};
     problem.embed = embed;
     problem.features = features;

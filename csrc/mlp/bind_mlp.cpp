@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "common/device_memory.h"
 #include "mlp/mlp.h"
 
 namespace py = pybind11;
@@ -33,6 +34,9 @@ void forward(
     std::uintptr_t out, std::uintptr_t normed, std::string const& dtype, std::string const& x_dtype,
     std::string const& residual_dtype, std::string const& out_dtype, std::string const& normed_dtype, std::int64_t rows,
     std::vector<std::int64_t> const& widths, bool after, float epsilon, std::uintptr_t stream) {
+    require_device_memory(
+        "mlp", {{"x", x}, {"weights", weights}, {"biases", biases}, {"norm", norm}, {"residual", residual}, {"out", out},
+                {"normed", normed}});
     MlpTensors t;
     t.x = reinterpret_cast<void const*>(x);
     t.weights = reinterpret_cast<void const*>(weights);

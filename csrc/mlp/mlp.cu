@@ -151,8 +151,6 @@ std::int64_t mlp_biases(MlpSizes const& sizes) {
 }
 
 void mlp(MlpTensors const& t, MlpSizes const& sizes, float epsilon, cudaStream_t stream) {
-    Device const& on = device();
-    check_device(on, "mlp");
     require(mlp_takes(sizes, t.type), "mlp: no code for these widths of ", sizes.layers, " layers");
     require(sizes.rows >= 0 && sizes.rows <= kMaxRows, "mlp: ", sizes.rows, " rows; expected 0 to ", kMaxRows);
     require(epsilon >= 0.0F, "mlp: epsilon is ", epsilon, "; expected at least 0");
@@ -167,6 +165,8 @@ void mlp(MlpTensors const& t, MlpSizes const& sizes, float epsilon, cudaStream_t
     if (t.residual != nullptr) require_aligned(address(t.residual), 16, "mlp: residual");
     require_aligned(address(t.out), 16, "mlp: out");
     if (t.normed != nullptr) require_aligned(address(t.normed), 16, "mlp: normed");
+    Device const& on = device();
+    check_device(on, "mlp");
     MlpProblem p{};
     p.chain = chain_of(sizes, t.type);
     p.x = t.x;

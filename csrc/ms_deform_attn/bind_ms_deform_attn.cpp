@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "common/check.h"
+#include "common/device_memory.h"
 #include "ms_deform_attn/ms_deform_attn.h"
 
 namespace py = pybind11;
@@ -62,6 +62,8 @@ void forward(
         pixels += level_sizes[i][0] * level_sizes[i][1];
         require(pixels <= INT32_MAX, "ms_deform_attn: the levels hold more than ", INT32_MAX, " pixels");
     }
+    require_device_memory(
+        "ms_deform_attn", {{"value", value}, {"offsets", offsets}, {"logits", logits}, {"out", out}});
     ms_deform_attn(
         tensors_of(value, offsets, logits, out, value_dtype, sampling_dtype),
         sizes_of(
@@ -74,6 +76,9 @@ void forward_device_levels(
     std::string const& sampling_dtype, std::int64_t batch, std::int64_t pixels, std::int64_t heads, std::int64_t dim,
     std::int64_t levels, std::int64_t points, std::int64_t offsets_stride, std::int64_t logits_stride,
     std::uintptr_t level_sizes, std::uintptr_t stream) {
+    require_device_memory(
+        "ms_deform_attn_device_levels",
+        {{"value", value}, {"offsets", offsets}, {"logits", logits}, {"out", out}, {"level_sizes", level_sizes}});
     ms_deform_attn_device_levels(
         tensors_of(value, offsets, logits, out, value_dtype, sampling_dtype),
         sizes_of(batch, pixels, heads, dim, levels, points, offsets_stride, logits_stride),

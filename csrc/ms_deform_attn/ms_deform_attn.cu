@@ -294,7 +294,7 @@ void run(
     require_aligned(reinterpret_cast<std::uintptr_t>(t.offsets), size_of(t.sampling_type), "ms_deform_attn: offsets");
     require_aligned(reinterpret_cast<std::uintptr_t>(t.logits), size_of(t.sampling_type), "ms_deform_attn: logits");
     if (host_levels == nullptr) {
-        require_aligned(reinterpret_cast<std::uintptr_t>(device_levels), 4, "ms_deform_attn: level sizes");
+        require_aligned(reinterpret_cast<std::uintptr_t>(device_levels), 4, "ms_deform_attn: level_sizes");
     }
 
     Problem problem{};

@@ -4,7 +4,7 @@
 #include <array>
 #include <vector>
 
-#include "common/check.h"
+#include "common/device_memory.h"
 #include "ms_deform_attn/ms_deform_attn.h"
 #include "ms_deform_attn_backward/ms_deform_attn_backward.h"
 
@@ -20,6 +20,9 @@ void backward(
     std::int64_t const levels = static_cast<std::int64_t>(level_sizes.size());
     require(
         levels >= 1 && levels <= kMaxLevels, "ms_deform_attn_backward: ", levels, " levels; expected 1 to ", kMaxLevels);
+    require_device_memory(
+        "ms_deform_attn_backward", {{"grad", grad}, {"value", value}, {"offsets", offsets}, {"logits", logits},
+                                    {"grad_value", grad_value}, {"grad_offsets", grad_offsets}, {"grad_logits", grad_logits}});
     std::int32_t sizes[kMaxLevels][2];
     for (std::int64_t i = 0; i < levels; ++i) sizes[i][0] = level_sizes[i][0], sizes[i][1] = level_sizes[i][1];
     MsDeformAttnBackwardTensors tensors;

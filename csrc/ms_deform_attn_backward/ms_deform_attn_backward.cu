@@ -44,12 +44,16 @@ void ms_deform_attn_backward(
     std::int64_t const blocks = (problem.rows + of_block - 1) / of_block;
     require(blocks <= INT32_MAX, name, ": ", problem.rows, " queries of all heads; expected at most ", of_block * INT32_MAX);
     if (blocks == 0) return;
-    for (void const* pointer :
-         {static_cast<void const*>(t.grad), static_cast<void const*>(t.value), static_cast<void const*>(t.offsets),
-          static_cast<void const*>(t.logits), static_cast<void const*>(t.grad_value), static_cast<void const*>(t.grad_offsets),
-          static_cast<void const*>(t.grad_logits)}) {
-        require_aligned(reinterpret_cast<std::uintptr_t>(pointer), 16, "ms_deform_attn_backward: a tensor");
-    }
+    auto const check = [](float const* tensor, char const* what) {
+        require_aligned(reinterpret_cast<std::uintptr_t>(tensor), 16, what);
+    };
+    check(t.grad, "ms_deform_attn_backward: grad");
+    check(t.value, "ms_deform_attn_backward: value");
+    check(t.offsets, "ms_deform_attn_backward: offsets");
+    check(t.logits, "ms_deform_attn_backward: logits");
+    check(t.grad_value, "ms_deform_attn_backward: grad_value");
+    check(t.grad_offsets, "ms_deform_attn_backward: grad_offsets");
+    check(t.grad_logits, "ms_deform_attn_backward: grad_logits");
     problem.grad = t.grad;
     problem.value = t.value;
     problem.offsets = t.offsets;

@@ -1,5 +1,6 @@
 #include <pybind11/pybind11.h>
 
+#include "common/device_memory.h"
 #include "normalization/normalization.h"
 
 namespace py = pybind11;
@@ -12,6 +13,9 @@ void bound_layer_norm(
     std::string const& x_dtype, std::string const& residual_dtype, std::string const& out_dtype, std::int64_t rows,
     std::int64_t channels, float epsilon, std::uintptr_t stream, std::uintptr_t position, std::uintptr_t sum,
     std::string const& position_dtype, std::int64_t position_rows) {
+    require_device_memory(
+        "layer_norm", {{"x", x}, {"residual", residual}, {"weight", weight}, {"bias", bias}, {"out", out},
+                       {"position", position}, {"sum", sum}});
     LayerNormTensors t;
     t.x = reinterpret_cast<void const*>(x);
     t.residual = reinterpret_cast<void const*>(residual);
@@ -43,6 +47,8 @@ void bound_group_norm(
     std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out, std::uintptr_t workspace,
     std::string const& x_dtype, std::string const& out_dtype, std::int64_t batch, std::int64_t channels, std::int64_t pixels,
     std::int64_t groups, float epsilon, bool relu, bool channels_last, std::uintptr_t stream) {
+    require_device_memory(
+        "group_norm", {{"x", x}, {"weight", weight}, {"bias", bias}, {"out", out}, {"workspace", workspace}});
     GroupNormTensors t;
     t.x = reinterpret_cast<void const*>(x);
     t.weight = reinterpret_cast<float const*>(weight);
@@ -58,6 +64,7 @@ void bound_group_norm(
 void bound_normalize_images(
     std::uintptr_t images, std::uintptr_t mean, std::uintptr_t std, std::uintptr_t out, std::string const& out_dtype,
     std::int64_t batch, std::int64_t channels, std::int64_t pixels, std::int64_t pixel_stride, std::uintptr_t stream) {
+    require_device_memory("normalize_images", {{"images", images}, {"mean", mean}, {"std", std}, {"out", out}});
     NormalizeImagesTensors t;
     t.images = reinterpret_cast<float const*>(images);
     t.mean = reinterpret_cast<float const*>(mean);

@@ -2,7 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "postprocess/dispatch.cuh"
+#include "common/device_memory.h"
+#include "postprocess/checks.h"
 #include "postprocess/postprocess.h"
 
 namespace py = pybind11;
@@ -30,9 +31,7 @@ ThingClasses thing_classes(std::vector<int> const& ids) {
 }
 
 Masks masks_of(Address data, std::string const& dtype, std::int64_t query_stride) {
-    Masks masks{pointer<void>(data), dtype_from_name(dtype, "pred_masks"), query_stride};
-    require_aligned(data, size_of(masks.dtype), "pred_masks");
-    return masks;
+    return {pointer<void>(data), dtype_from_name(dtype, "pred_masks"), query_stride};
 }
 
 }  // namespace
@@ -49,21 +48,26 @@ void bind_postprocess(py::module_& parent) {
                          std::pair<int, int> out) {
             require(padded.first > 0 && padded.second > 0 && image.first <= padded.first &&
                         image.second <= padded.second,
-                    "an image of ", image.first, "x", image.second, " in a padded one of ", padded.first, "x",
-                    padded.second, " (height x width)");
+                    "Geometry: an image of ", image.first, "x", image.second, " in a padded one of ", padded.first, "x",
+                    padded.second, " (height x width); expected it to fit");
             Geometry g = make_geometry(mask.first, mask.second, padded.first, padded.second, image.first, image.second,
                                        out.first, out.second);
-            check_geometry(g);
+            check_geometry("Geometry", g);
             return g;
         }), py::arg("mask_size"), py::arg("padded_size"), py::arg("image_size"), py::arg("output_size"))
         .def_property_readonly("mask_tiles", [](Geometry const& g) { return mask_tiles(g); });
 
     py::class_<ThingClasses>(module, "ThingClasses").def(py::init(&thing_classes), py::arg("ids"));
 
-    module.def("work_words", [](int queries) { return WorkLayout{queries}.words(); });
+    module.def("work_words", [](int queries) {
+        check_queries("work_words", queries);
+        return WorkLayout{queries}.words();
+    });
     module.def("semantic_weights_bytes", &semantic_weights_bytes, py::arg("queries"), py::arg("classes"));
     // Offsets in an image's report, in words.
     module.def("report_layout", [](int queries, int topk) {
+        check_queries("report_layout", queries);
+        check_topk("report_layout", topk, 0, queries);
         ReportLayout at{queries, topk};
         py::dict places;
         places["slots"] = at.slots();
@@ -82,7 +86,7 @@ void bind_postprocess(py::module_& parent) {
         "top_pairs",
         [](Address probs, int batch, int queries, int classes, int topk, Address pair_scores, Address pairs,
            Address stream) {
-            require_aligned(probs, sizeof(float), "probs");
+            require_device_memory("top_pairs", {{"probs", probs}, {"pair_scores", pair_scores}, {"pairs", pairs}});
             postprocess::top_pairs(pointer<float>(probs), batch, queries, classes, topk, pointer<float>(pair_scores),
                                    pointer<std::int64_t>(pairs), stream_of(stream));
         },
@@ -93,9 +97,9 @@ void bind_postprocess(py::module_& parent) {
         [](Address probs, Address pair_scores, Address pairs, int batch, int queries, int classes, int topk,
            bool panoptic, bool things_only, float score_threshold, Address work, Address report,
            Address instance_scores, Address instance_labels, ThingClasses const& things, Address stream) {
-            require_aligned(probs, sizeof(float), "probs");
-            require_aligned(work, sizeof(std::int64_t), "work");
-            require_aligned(report, sizeof(std::int32_t), "report");
+            require_device_memory(
+                "select", {{"probs", probs}, {"pair_scores", pair_scores}, {"pairs", pairs}, {"work", work},
+                           {"report", report}, {"instance_scores", instance_scores}, {"instance_labels", instance_labels}});
             SelectArgs args{pointer<float>(probs), pointer<float>(pair_scores), pointer<std::int64_t>(pairs), batch,
                             queries, classes, topk, panoptic, things_only, score_threshold,
                             pointer<std::int32_t>(work), pointer<std::int32_t>(report),
@@ -109,8 +113,9 @@ void bind_postprocess(py::module_& parent) {
         [](Address masks, std::string const& dtype, std::int64_t query_stride, Geometry const& geometry, int queries,
            int topk, Address work, Address report, Address segment_map, Address bits, Address partial_counts,
            Address partial_sums, Address stream) {
-            require_aligned(work, sizeof(std::int64_t), "work");
-            require_aligned(partial_sums, sizeof(std::uint64_t), "partial_sums");
+            require_device_memory(
+                "mask_pass", {{"pred_masks", masks}, {"work", work}, {"report", report}, {"segment_map", segment_map},
+                              {"bits", bits}, {"partial_counts", partial_counts}, {"partial_sums", partial_sums}});
             MaskArgs args{masks_of(masks, dtype, query_stride), geometry, queries, topk, pointer<std::int32_t>(work),
                           pointer<std::int32_t>(report), pointer<std::int32_t>(segment_map),
                           pointer<std::uint32_t>(bits), pointer<std::int32_t>(partial_counts),
@@ -123,6 +128,8 @@ void bind_postprocess(py::module_& parent) {
         "decide",
         [](Address work, Address report, Address instance_scores, int batch, int queries, int topk, bool panoptic,
            double overlap_threshold, ThingClasses const& things, Address stream) {
+            require_device_memory(
+                "decide", {{"work", work}, {"report", report}, {"instance_scores", instance_scores}});
             postprocess::decide(pointer<std::int32_t>(work), pointer<std::int32_t>(report),
                                 pointer<float>(instance_scores), batch, queries, topk, panoptic, overlap_threshold,
                                 things, stream_of(stream));
@@ -132,6 +139,7 @@ void bind_postprocess(py::module_& parent) {
     module.def(
         "assign_ids",
         [](Address segment_map, std::int64_t pixels, Address work, int queries, Address stream) {
+            require_device_memory("assign_ids", {{"segment_map", segment_map}, {"work", work}});
             postprocess::assign_ids(pointer<std::int32_t>(segment_map), pixels, pointer<std::int32_t>(work), queries,
                                     stream_of(stream));
         },
@@ -141,6 +149,7 @@ void bind_postprocess(py::module_& parent) {
         "expand_masks",
         [](Address bits, Address report, int instances, int height, int width, int queries, int topk, Address masks,
            Address stream) {
+            require_device_memory("expand_masks", {{"bits", bits}, {"report", report}, {"masks", masks}});
             postprocess::expand_masks(pointer<std::uint32_t>(bits), pointer<std::int32_t>(report), instances, height,
                                       width, queries, topk, pointer<std::uint8_t>(masks), stream_of(stream));
         },
@@ -149,6 +158,7 @@ void bind_postprocess(py::module_& parent) {
     module.def(
         "mask_boxes",
         [](Address bits, Address report, int height, int width, int queries, int topk, Address boxes, Address stream) {
+            require_device_memory("mask_boxes", {{"bits", bits}, {"report", report}, {"boxes", boxes}});
             postprocess::mask_boxes(pointer<std::uint32_t>(bits), pointer<std::int32_t>(report), height, width, queries,
                                     topk, pointer<float>(boxes), stream_of(stream));
         },
@@ -158,6 +168,9 @@ void bind_postprocess(py::module_& parent) {
         "mask_runs",
         [](Address bits, Address work, Address report, Address total_runs, int height, int width, int queries, int topk,
            Address boundaries, std::int64_t capacity, Address stream) {
+            require_device_memory(
+                "mask_runs", {{"bits", bits}, {"work", work}, {"report", report}, {"total_runs", total_runs},
+                              {"boundaries", boundaries}});
             postprocess::mask_runs(pointer<std::uint32_t>(bits), pointer<std::int32_t>(work),
                                    pointer<std::int32_t>(report), pointer<std::int32_t>(total_runs), height, width,
                                    queries, topk, pointer<std::int32_t>(boundaries), capacity, stream_of(stream));
@@ -168,22 +181,26 @@ void bind_postprocess(py::module_& parent) {
         "semantic",
         [](Address masks, std::string const& dtype, std::int64_t query_stride, Geometry const& geometry, Address probs,
            int queries, int classes, Address scores, Address labels, Address weights, Address stream) {
-            require_aligned(probs, sizeof(float), "probs");
+            require_device_memory(
+                "semantic", {{"pred_masks", masks}, {"probs", probs}, {"scores", scores}, {"labels", labels},
+                             {"weights", weights}});
             SemanticArgs args{masks_of(masks, dtype, query_stride), geometry, pointer<float>(probs), queries, classes,
                               pointer<float>(scores), pointer<std::int64_t>(labels), pointer<uint4>(weights)};
             postprocess::semantic(args, stream_of(stream));
         },
         release_gil());
 
-    // Host memory: boundaries (*,) int32 and, for each mask, where its own start and how many they are.
-    module.def("encode_runs", [](Address boundaries, std::vector<std::int64_t> const& starts,
+    // Host memory: boundaries (capacity,) int32 and, for each mask, where its own start and how many they are.
+    module.def("encode_runs", [](Address boundaries, std::int64_t capacity, std::vector<std::int64_t> const& starts,
                                  std::vector<std::int64_t> const& counts, std::int64_t pixels) {
-        require(starts.size() == counts.size(), starts.size(), " starts and ", counts.size(), " counts of runs");
+        require(
+            starts.size() == counts.size(), "encode_runs: ", starts.size(), " starts and ", counts.size(),
+            " counts of boundaries; expected as many");
         std::vector<std::string> texts(starts.size());
         {
             py::gil_scoped_release release;
             for (std::size_t i = 0; i < starts.size(); ++i) {
-                texts[i] = encode_runs(pointer<std::int32_t>(boundaries) + starts[i], counts[i], pixels);
+                texts[i] = encode_runs(pointer<std::int32_t>(boundaries), capacity, starts[i], counts[i], pixels);
             }
         }
         py::list encoded;

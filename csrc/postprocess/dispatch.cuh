@@ -33,14 +33,4 @@ __host__ __device__ inline void with_steps(Geometry const& g, Call&& call) {
     }
 }
 
-inline void check_geometry(Geometry const& g) {
-    require(g.mask_h > 0 && g.mask_w > 0 && g.image_h > 0 && g.image_w > 0 && g.out_h > 0 && g.out_w > 0,
-            "sizes must be positive: masks ", g.mask_h, "x", g.mask_w, ", image ", g.image_h, "x", g.image_w,
-            ", output ", g.out_h, "x", g.out_w);
-    constexpr long long kMost = 1ll << 31;
-    require(1ll * g.mask_h * g.mask_w < kMost && 1ll * g.out_h * g.out_w + 128 < kMost,
-            "a mask or an output has more than 2^31 - 1 pixels: masks ", g.mask_h, "x", g.mask_w, ", output ", g.out_h,
-            "x", g.out_w);
-}
-
 }  // namespace d2_trt::postprocess

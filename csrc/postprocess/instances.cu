@@ -1,4 +1,5 @@
 // From the instances' bits, rows of 32 pixels a word, to bool masks, boxes and run boundaries.
+#include "postprocess/checks.h"
 #include "postprocess/launch.cuh"
 #include "postprocess/postprocess.h"
 
@@ -177,15 +178,30 @@ __global__ void __launch_bounds__(kRunThreads)
 
 void expand_masks(std::uint32_t const* bits, std::int32_t const* report, int instances, int height, int width,
                   int queries, int topk, std::uint8_t* masks, cudaStream_t stream) {
-    require(instances > 0 && instances <= topk, instances, " instances; expected 1 to ", topk);
-    require_aligned(reinterpret_cast<std::uintptr_t>(masks), kBytes, "masks");
-    std::int64_t total = static_cast<std::int64_t>(instances) * height * width;
+    check_size("expand_masks", "masks", height, width);
+    check_queries("expand_masks", queries);
+    check_topk("expand_masks", topk, 1, queries);
+    require(instances >= 1 && instances <= topk, "expand_masks: ", instances, " instances; expected 1 to ", topk);
+    check_pointer("expand_masks", "bits", bits);
+    check_pointer("expand_masks", "report", report);
+    check_pointer("expand_masks", "masks", masks, kBytes);
+    std::int64_t const total = static_cast<std::int64_t>(instances) * height * width;
+    constexpr std::int64_t kMost = std::int64_t{INT32_MAX} * kBytes * kExpandThreads;
+    require(
+        total <= kMost, "expand_masks: ", instances, " masks of ", height, "x", width, " (height x width); expected at most ",
+        kMost, " pixels together");
     launch("expand_masks", expand_kernel, ceil_div(total, kBytes * kExpandThreads), kExpandThreads, 0, stream, bits,
            report + ReportLayout{queries, topk}.instance_slots(), total, height, width, masks);
 }
 
 void mask_boxes(std::uint32_t const* bits, std::int32_t const* report, int height, int width, int queries, int topk,
                 float* boxes, cudaStream_t stream) {
+    check_size("mask_boxes", "masks", height, width);
+    check_queries("mask_boxes", queries);
+    check_topk("mask_boxes", topk, 1, queries);
+    check_pointer("mask_boxes", "bits", bits);
+    check_pointer("mask_boxes", "report", report);
+    check_pointer("mask_boxes", "boxes", boxes);
     launch("mask_boxes", box_kernel, topk, kBoxThreads, 0, stream, bits, report, ReportLayout{queries, topk}, height,
            width, boxes);
 }
@@ -193,7 +209,16 @@ void mask_boxes(std::uint32_t const* bits, std::int32_t const* report, int heigh
 void mask_runs(std::uint32_t const* bits, std::int32_t const* work, std::int32_t* report, std::int32_t* total_runs,
                int height, int width, int queries, int topk, std::int32_t* boundaries, std::int64_t capacity,
                cudaStream_t stream) {
-    require(capacity >= 0 && capacity < (1ll << 31), "room for ", capacity, " runs; expected 0 to 2^31 - 1");
+    check_size("mask_runs", "masks", height, width);
+    check_queries("mask_runs", queries);
+    check_topk("mask_runs", topk, 1, queries);
+    require(
+        capacity >= 0 && capacity <= INT32_MAX, "mask_runs: room for ", capacity, " boundaries; expected 0 to ", INT32_MAX);
+    check_pointer("mask_runs", "bits", bits);
+    check_work("mask_runs", work);
+    check_pointer("mask_runs", "report", report);
+    check_pointer("mask_runs", "total_runs", total_runs);
+    if (capacity > 0) check_pointer("mask_runs", "boundaries", boundaries);
     launch("mask_runs", runs_kernel, queries, kRunThreads, 0, stream, bits, work, report, total_runs, height, width,
            queries, ReportLayout{queries, topk}, boundaries, capacity);
 }

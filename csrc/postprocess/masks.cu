@@ -1,5 +1,6 @@
 // One pass over the masks that the panoptic and instance tasks need: each pixel's logits are interpolated in registers,
 // turned into the winner, the instances' bits and the sums, and forgotten.
+#include "postprocess/checks.h"
 #include "postprocess/dispatch.cuh"
 #include "postprocess/launch.cuh"
 
@@ -189,11 +190,18 @@ int mask_tiles(Geometry const& geometry) {
 }
 
 void mask_pass(MaskArgs const& args, cudaStream_t stream) {
-    check_geometry(args.geometry);
-    require(args.queries >= 1 && args.queries <= kMaxQueries, "there are ", args.queries,
-            " queries; the kernels take 1 to ", kMaxQueries);
+    check_geometry("mask_pass", args.geometry);
+    check_queries("mask_pass", args.queries);
+    check_topk("mask_pass", args.topk, 0, args.queries);
+    check_masks("mask_pass", args.masks);
+    check_work("mask_pass", args.work);
+    check_pointer("mask_pass", "report", args.report);
+    if (args.segment_map != nullptr) check_pointer("mask_pass", "segment_map", args.segment_map);
+    if (args.bits != nullptr) check_pointer("mask_pass", "bits", args.bits);
+    check_pointer("mask_pass", "partial_counts", args.partial_counts);
+    check_pointer("mask_pass", "partial_sums", args.partial_sums);
     dim3 const grid = tile_grid(args.geometry);
-    require(grid.y <= 65535, "the output is ", args.geometry.out_h, " pixels high; the kernels take at most ",
+    require(grid.y <= 65535, "mask_pass: the output is ", args.geometry.out_h, " pixels high; expected at most ",
             65535 * kTileHeight);
     std::size_t shared = (5 + kCounts) * sizeof(int) * static_cast<std::size_t>(args.queries);
     with_element_type(args.masks, [&](auto const* masks) {
@@ -209,7 +217,10 @@ void mask_pass(MaskArgs const& args, cudaStream_t stream) {
 
 void assign_ids(std::int32_t* segment_map, std::int64_t pixels, std::int32_t const* work, int queries,
                 cudaStream_t stream) {
-    require(pixels > 0, "an output of ", pixels, " pixels");
+    require(pixels >= 1 && pixels <= kMaxPixels, "assign_ids: ", pixels, " pixels; expected 1 to ", kMaxPixels);
+    check_queries("assign_ids", queries);
+    check_pointer("assign_ids", "segment_map", segment_map);
+    check_work("assign_ids", work);
     launch("assign_ids", assign_ids_kernel, ceil_div(pixels, 4 * 256), 256, 0, stream, segment_map, pixels, work,
            queries);
 }

@@ -1,7 +1,8 @@
 // Launchers of the post-processing kernels: from class and mask logits to panoptic ids, instance masks and their runs,
 // and semantic scores. What they compute, and the order of the calls, is in mask2former/postprocessing_cuda.py.
 //
-// Every launcher only enqueues. Pointers are to device memory unless said otherwise; `work` and `report` are laid out as
+// Every launcher only enqueues, after it has checked what the host can see: std::invalid_argument says which argument is not
+// allowed, std::runtime_error that CUDA refuses. Pointers are to device memory unless said otherwise; `work` and `report` are laid out as
 // in layout.h, one row of words() for each image.
 #pragma once
 
@@ -84,8 +85,10 @@ void mask_runs(std::uint32_t const* bits, std::int32_t const* work, std::int32_t
                int height, int width, int queries, int topk, std::int32_t* boundaries, std::int64_t capacity,
                cudaStream_t stream);
 
-// COCO's compressed counts from the boundaries of one mask's runs, both on the host.
-std::string encode_runs(std::int32_t const* boundaries, std::int64_t count, std::int64_t pixels);
+// COCO's compressed counts from the boundaries of one mask's runs, on the host: `count` from place `start` on, of the
+// `capacity` that there are.
+std::string encode_runs(
+    std::int32_t const* boundaries, std::int64_t capacity, std::int64_t start, std::int64_t count, std::int64_t pixels);
 
 // (classes, out_h, out_w) scores, or (out_h, out_w) labels of the highest; the other pointer is null.
 struct SemanticArgs {

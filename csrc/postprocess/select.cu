@@ -1,4 +1,5 @@
 // Which queries the tasks need, and, once their areas are known, which of them become segments.
+#include "postprocess/checks.h"
 #include "postprocess/launch.cuh"
 #include "postprocess/postprocess.h"
 
@@ -173,17 +174,31 @@ __global__ void __launch_bounds__(kDecideThreads)
 }  // namespace
 
 void select(SelectArgs const& args, ThingClasses const& things, cudaStream_t stream) {
-    require(args.queries >= 1 && args.queries <= kMaxQueries, "there are ", args.queries,
-            " queries; the kernels take 1 to ", kMaxQueries);
-    require(args.classes >= 1 && args.classes <= kMaxClasses, "there are ", args.classes,
-            " classes; the kernels take 1 to ", kMaxClasses);
-    require(args.batch >= 1, "the batch is empty");
+    check_batch("select", args.batch);
+    check_queries("select", args.queries);
+    check_classes("select", args.classes);
+    check_topk("select", args.topk, 0, args.queries, args.classes);
+    check_pointer("select", "probs", args.probs);
+    check_work("select", args.work);
+    check_pointer("select", "report", args.report);
+    if (args.topk > 0) {
+        check_pointer("select", "pair_scores", args.pair_scores);
+        check_pointer("select", "pairs", args.pairs);
+        check_pointer("select", "instance_scores", args.instance_scores);
+        check_pointer("select", "instance_labels", args.instance_labels);
+    }
     std::size_t shared = 4 * sizeof(int) * static_cast<std::size_t>(args.queries);
     launch("select", select_kernel, args.batch, kSelectThreads, shared, stream, args, things);
 }
 
 void decide(std::int32_t* work, std::int32_t* report, float* instance_scores, int batch, int queries, int topk,
             bool panoptic, double overlap_threshold, ThingClasses const& things, cudaStream_t stream) {
+    check_batch("decide", batch);
+    check_queries("decide", queries);
+    check_topk("decide", topk, 0, queries);
+    check_work("decide", work);
+    check_pointer("decide", "report", report);
+    if (topk > 0) check_pointer("decide", "instance_scores", instance_scores);
     std::size_t shared = 2 * sizeof(int) * static_cast<std::size_t>(queries);
     launch("decide", decide_kernel, batch, kDecideThreads, shared, stream, work, report, instance_scores, queries, topk,
            panoptic, overlap_threshold, things);

@@ -1,6 +1,7 @@
 // Class scores of each pixel: (classes, queries) class probabilities times (queries, pixels) mask probabilities, which
 // are interpolated on the way into shared memory; or only each pixel's best class. On tensor cores, with each factor as
 // the sum of two float16 numbers: their products but the smallest, in float32, are as exact as float32 factors.
+#include "postprocess/checks.h"
 #include "postprocess/dispatch.cuh"
 #include "postprocess/launch.cuh"
 
@@ -264,19 +265,23 @@ void launch_semantic(SemanticArgs const& args, T const* masks, cudaStream_t stre
 }  // namespace
 
 std::int64_t semantic_weights_bytes(int queries, int classes) {
+    check_queries("semantic_weights_bytes", queries);
+    check_classes("semantic_weights_bytes", classes);
     return 32ll * 2 * sizeof(uint4) * query_tiles_of(queries) * class_tiles_of(classes);
 }
 
 void semantic(SemanticArgs const& args, cudaStream_t stream) {
-    check_geometry(args.geometry);
-    require(args.queries >= 1 && args.queries <= kMaxQueries && args.classes >= 1 && args.classes <= kMaxClasses,
-            args.queries, " queries and ", args.classes, " classes; the kernels take 1 to ", kMaxQueries, " and 1 to ",
-            kMaxClasses);
-    require((args.scores == nullptr) != (args.labels == nullptr), "either scores or labels, not both");
-    require_aligned(reinterpret_cast<std::uintptr_t>(args.weights), sizeof(uint4), "weights");
-    if (args.scores != nullptr) {
-        require_aligned(reinterpret_cast<std::uintptr_t>(args.scores), sizeof(float2), "scores");
-    }
+    check_geometry("semantic", args.geometry);
+    check_queries("semantic", args.queries);
+    check_classes("semantic", args.classes);
+    check_masks("semantic", args.masks);
+    check_pointer("semantic", "probs", args.probs);
+    require(
+        (args.scores == nullptr) != (args.labels == nullptr), "semantic: scores and labels are ",
+        args.scores == nullptr ? "both null pointers" : "both given", "; expected one of them");
+    if (args.scores != nullptr) check_pointer("semantic", "scores", args.scores, sizeof(float2));
+    if (args.labels != nullptr) check_pointer("semantic", "labels", args.labels);
+    check_pointer("semantic", "weights", args.weights);
     dim3 const tiles(query_tiles_of(args.queries), class_tiles_of(args.classes));
     launch("semantic weights", weights_kernel, tiles, 32, 0, stream, args.probs, args.queries, args.classes,
            static_cast<int>(tiles.x), args.weights);

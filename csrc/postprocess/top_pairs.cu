@@ -1,5 +1,6 @@
 // The best pairs of query and class, in the order that torch.topk(sorted=False) gives them on a GPU: those above the last
 // one's score as they come, then as many of its equals as there is room for.
+#include "postprocess/checks.h"
 #include "postprocess/launch.cuh"
 #include "postprocess/postprocess.h"
 
@@ -107,10 +108,13 @@ __global__ void __launch_bounds__(kThreads)
 
 void top_pairs(float const* probs, int batch, int queries, int classes, int topk, float* pair_scores, std::int64_t* pairs,
                cudaStream_t stream) {
-    require(queries >= 1 && queries <= kMaxQueries && classes >= 1 && classes <= kMaxClasses, queries, " queries and ",
-            classes, " classes; the kernels take 1 to ", kMaxQueries, " and 1 to ", kMaxClasses);
-    require(topk >= 1 && topk <= queries * classes, "the best ", topk, " of ", queries, " queries by ", classes,
-            " classes; expected 1 to ", queries * classes);
+    check_batch("top_pairs", batch);
+    check_queries("top_pairs", queries);
+    check_classes("top_pairs", classes);
+    check_topk("top_pairs", topk, 1, queries, classes);
+    check_pointer("top_pairs", "probs", probs);
+    check_pointer("top_pairs", "pair_scores", pair_scores);
+    check_pointer("top_pairs", "pairs", pairs);
     launch("top_pairs", top_pairs_kernel, batch, kThreads, 0, stream, probs, queries, classes, topk, pair_scores, pairs);
 }
 

@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "common/check.h"
+#include "common/device_memory.h"
 #include "preprocess/preprocess.h"
 
 namespace py = pybind11;
@@ -47,6 +47,9 @@ void bind_preprocess(py::module_& parent) {
                             AxisTable{reinterpret_cast<std::int32_t const*>(vertical), out_size.first},
                             reinterpret_cast<std::uint8_t*>(scratch),
                             reinterpret_cast<std::uint8_t*>(out)};
+            require_device_memory(
+                "resize_bilinear", {{"image", image}, {"horizontal", horizontal}, {"vertical", vertical},
+                                    {"scratch", scratch}, {"out", out}});
             preprocess::resize_bilinear(args, scratch_size, reinterpret_cast<cudaStream_t>(stream));
         },
         py::arg("image"), py::arg("size"), py::arg("channels"), py::arg("reverse_channels"), py::arg("vertical_first"),

@@ -91,23 +91,20 @@ void launch(Vertical const& pass, int planes, cudaStream_t stream) {
     check_cuda(cudaGetLastError(), "vertical pass of the resize");
 }
 
-void check_table(AxisTable const& table, char const* name) {
-    require_aligned(reinterpret_cast<std::uintptr_t>(table.rows), sizeof(std::int32_t), name);
-    require(table.size > 0, name, " has size ", table.size, "; expected more than 0");
-}
-
 }  // namespace
 
 void resize_bilinear(ResizeArgs const& args, std::int64_t scratch_size, cudaStream_t stream) {
-    require(args.height > 0 && args.width > 0, "an image of ", args.height, "x", args.width,
-            " (height x width); expected both above 0");
-    require(args.channels == 1 || args.channels == 3, "an image of ", args.channels, " channels; expected 1 or 3");
-    check_table(args.horizontal, "the horizontal table");
-    check_table(args.vertical, "the vertical table");
-    require(args.image != nullptr && args.out != nullptr, "image or out is a null pointer");
-    require_aligned(reinterpret_cast<std::uintptr_t>(args.scratch), 4, "scratch");
-    require(scratch_size >= scratch_bytes(args), "scratch has ", scratch_size, " bytes; expected ",
-            scratch_bytes(args));
+    std::int64_t const needed = scratch_bytes(args);
+    auto const check = [](void const* pointer, std::size_t bytes, char const* name) {
+        require_aligned(reinterpret_cast<std::uintptr_t>(pointer), bytes, name);
+    };
+    check(args.image, 1, "resize_bilinear: image");
+    check(args.horizontal.rows, sizeof(std::int32_t), "resize_bilinear: horizontal");
+    check(args.vertical.rows, sizeof(std::int32_t), "resize_bilinear: vertical");
+    check(args.scratch, 4, "resize_bilinear: scratch");
+    check(args.out, 1, "resize_bilinear: out");
+    require(
+        scratch_size >= needed, "resize_bilinear: scratch_size is ", scratch_size, "; expected at least ", needed, " bytes");
 
     if (args.vertical_first) {
         std::int64_t const row = args.width * args.channels;

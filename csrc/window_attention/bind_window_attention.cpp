@@ -1,5 +1,6 @@
 #include <pybind11/pybind11.h>
 
+#include "common/device_memory.h"
 #include "window_attention/window_attention.h"
 
 namespace py = pybind11;
@@ -11,6 +12,8 @@ void forward(
     std::uintptr_t qkv, std::uintptr_t qkv_bias, std::uintptr_t bias, std::uintptr_t out, std::string const& dtype,
     std::int64_t batch, std::int64_t height, std::int64_t width, std::int64_t heads, std::int64_t dim, std::int64_t window,
     std::int64_t shift, float scale, std::uintptr_t stream) {
+    require_device_memory(
+        "window_attention", {{"qkv", qkv}, {"qkv_bias", qkv_bias}, {"bias", bias}, {"out", out}});
     WindowAttentionTensors t;
     t.qkv = reinterpret_cast<void const*>(qkv);
     t.qkv_bias = reinterpret_cast<float const*>(qkv_bias);

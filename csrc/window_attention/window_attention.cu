@@ -43,7 +43,6 @@ void launch_for_dim(WindowAttentionProblem const& p, std::int64_t dim, std::int6
 
 void window_attention(
     WindowAttentionTensors const& t, WindowAttentionSizes const& s, float scale, cudaStream_t stream) {
-    check_device(device(), "window_attention");
     require(
         t.type != DType::kFloat32, "window_attention: qkv is float32; expected float16 or bfloat16");
     require(
@@ -65,6 +64,7 @@ void window_attention(
     require_aligned(reinterpret_cast<std::uintptr_t>(t.out), 16, "window_attention: out");
     require_aligned(reinterpret_cast<std::uintptr_t>(t.qkv_bias), 4, "window_attention: qkv_bias");
     require_aligned(reinterpret_cast<std::uintptr_t>(t.bias), 4, "window_attention: bias");
+    check_device(device(), "window_attention");
 
     WindowAttentionProblem p{};
     p.qkv = t.qkv;

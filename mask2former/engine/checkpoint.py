@@ -78,6 +78,28 @@ class WholeFileCheckpointer(NamingCheckpointer):
         path = os.path.join(self.save_dir, "last_checkpoint")
         self._replace(path, lambda file: file.write(last_filename_basename.encode()))
 
+    def tag_evaluation(self, iterations: int) -> None:
+        """Have `last_evaluation` tell that the model of so many iterations has been evaluated."""
+        if self.save_dir and self.save_to_disk:
+            self._replace(self._evaluation_file, lambda file: file.write(str(iterations).encode()))
+
+    def last_evaluation(self) -> int:
+        """The iterations of the last `tag_evaluation`; 0 where there was none, or what it wrote cannot be read."""
+        try:
+            with self.path_manager.open(self._evaluation_file, "r") as file:
+                return int(file.read())
+        except (OSError, ValueError):
+            return 0
+
+    def forget_evaluation(self) -> None:
+        """Undo `tag_evaluation`."""
+        if self.path_manager.exists(self._evaluation_file):
+            self.path_manager.rm(self._evaluation_file)
+
+    @property
+    def _evaluation_file(self) -> str:
+        return os.path.join(self.save_dir, "last_evaluation")
+
     def _replace(self, path: str, write) -> None:
         if "://" in path:
             # A store of iopath's: it knows no rename.

@@ -22,6 +22,8 @@ from ..data.train_loader import TrainLoader, build_train_loader, derived_seed, t
 from ..evaluation import evaluate_model
 from ..solver import build_lr_scheduler, build_optimizer
 from .checkpoint import WholeFileCheckpointer
+from .evaluation_hook import EvalHook
+from .resumed_keys import changed_keys, training_keys
 from .time_limit import TimeIsUp, TimeLimit
 
 logger = logging.getLogger(__name__)
@@ -189,7 +191,10 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list:
         made = super().build_hooks()
         if self.cfg.DATASETS.TEST:
-            return made
+            return [
+                EvalHook(self.cfg.TEST.EVAL_PERIOD, hook._func) if isinstance(hook, hooks.EvalHook) else hook
+                for hook in made
+            ]
         logger.warning("DATASETS.TEST is empty: there is no evaluation during this training")
         return [hook for hook in made if not isinstance(hook, hooks.EvalHook)]
 
@@ -239,6 +244,7 @@ class Trainer(DefaultTrainer):
             **TrainerBase.state_dict(self),
             "_trainer": self._trainer.state_dict(),
             "seed": self.seed,
+            "keys": training_keys(self.cfg),
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -256,6 +262,13 @@ class Trainer(DefaultTrainer):
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:
             logger.warning("the checkpoint has no state of the optimizer, which starts anew")
+        if changed := changed_keys(state_dict.get("keys"), training_keys(self.cfg)):
+            logger.warning(
+                "--resume with other values than the job began with: %s. Learning rates and weight decay go on as the "
+                "checkpoint has them, the rest takes effect: images of the current pass over the data can come twice or not "
+                "at all, and the result is not the one of a job that did not stop",
+                ", ".join(changed),
+            )
         if "seed" in state_dict and state_dict["seed"] != self.seed:
             if self.cfg.SEED >= 0:
                 logger.warning(

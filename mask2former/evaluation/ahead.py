@@ -30,10 +30,20 @@ class ImagesAhead:
         self._names = list(names)
         self._loaders: dict[str, DataLoader] = {}
 
-    def take_loader(self, name: str) -> DataLoader:
-        """The loader of a data set, which is not kept."""
-        self._loader(name)
+    def number_of_images(self, name: str) -> int:
+        """Those of this process."""
+        return len(self._loader(name).batch_sampler.sampler)
+
+    def take_loader(self, name: str, skip: int = 0) -> DataLoader:
+        """The loader of a data set, which is not kept; without the first images of this process where `skip` says so."""
+        loader = self._loader(name)
+        if skip:
+            loader.batch_sampler.sampler = list(loader.batch_sampler.sampler)[skip:]
         return self._loaders.pop(name)
+
+    def records(self, name: str) -> Sequence[dict]:
+        """All records of a data set, those of other processes too."""
+        return self._loader(name).records
 
     def examples(self, count: int) -> list[Tensor]:
         """Up to so many images, from all over the data sets: (C, height, width), resized, not padded.

@@ -107,6 +107,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
 
     Returns:
         An evaluator; OverlappedEvaluators with TEST.EVALUATION_THREADS threads where it can work on images beside the model.
+        AP is computed in as many processes at most.
 
     Raises:
         KeyError: the data set is not registered.
@@ -130,7 +131,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     threads = number_of_threads(cfg.TEST.EVALUATION_THREADS)
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     evaluators = [
-        make(dataset_name, folder)
+        InstanceSegEvaluator(dataset_name, folder, max_processes=cfg.TEST.EVALUATION_THREADS)
+        if make is InstanceSegEvaluator
+        else make(dataset_name, folder)
         for task, make in _EVALUATORS[evaluator_type]
         if task is None or tasks[task]
     ]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import os
 import tempfile
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import nn
 
@@ -20,19 +21,25 @@ from ..backend import name_runners
 from ..maskformer_model import MaskFormer
 from .ahead import ImagesAhead
 from .build import build_evaluator, check_test_sets
+from .kept_images import KeptImages, forget_images, keep_images
 from .overlapped import OverlappedEvaluators
 from .whole_files import remove_leftovers
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate_model(cfg: CfgNode, model: nn.Module) -> OrderedDict:
+def evaluate_model(cfg: CfgNode, model: nn.Module, *, resume: bool | None = None) -> OrderedDict:
     """Evaluate a model on every data set of DATASETS.TEST, and print and save the results.
 
     The model's `prepare()`, where it has one, runs first, so that detectron2's timing does not count it; a MaskFormer's is
     told of the images that are to come. The results of all data sets go to OUTPUT_DIR/inference/results.json, with what ran
     the network under "backend"; predictions to OUTPUT_DIR/inference, or with several data sets to a directory of each there.
     results.json of an earlier evaluation is removed first and written last: where it is, the evaluation has come to its end.
+
+    Args:
+        resume: go on with the evaluation of the same weights, data and keys that did not come to its end in OUTPUT_DIR; its
+            results are those of an evaluation that was not interrupted. Where not None, what is known of the images is kept
+            there while this one runs, for the next. Cityscapes' own evaluators and remote stores begin anew.
 
     Returns:
         {task: {metric: value}}, or with several data sets {data set: {task: {metric: value}}}. Empty on other
@@ -61,13 +68,27 @@ def evaluate_model(cfg: CfgNode, model: nn.Module) -> OrderedDict:
             "so is their AP (bbox); the AP of masks (segm) is not affected"
         )
     ahead = ImagesAhead(cfg, names)
+    unfinished = None
+    if resume is not None:
+        records = {name: ahead.records(name) for name in names}
+        unfinished = keep_images(cfg, model, records, folder, resume=resume)
     if isinstance(model, MaskFormer):
         model.prepare(ahead)
     elif hasattr(model, "prepare"):
         model.prepare()
-    results = OrderedDict()
+    results, earlier_runners = OrderedDict(), []
     for name in names:
-        loader = ahead.take_loader(name)
+        skip = 0
+        if unfinished is not None and (
+            kept := _kept_images(cfg, model, evaluators[name], ahead, name, unfinished)
+        ):
+            skip = len(kept.earlier)
+            earlier_runners += kept.earlier_runners
+        if skip:
+            logger.info(
+                "%s: going on behind the %d images that this process has evaluated before", name, skip
+            )
+        loader = ahead.take_loader(name, skip)
         logger.info(
             "Evaluating on %s: %d images on this process, %d a batch",
             name,
@@ -82,13 +103,30 @@ def evaluate_model(cfg: CfgNode, model: nn.Module) -> OrderedDict:
         if comm.is_main_process():
             logger.info("Evaluation results for %s in csv format:", name)
             print_csv_format(results[name])
-    backend = describe_backend(model)
+    backend = describe_backend(model, None if unfinished is None else earlier_runners)
     if not comm.is_main_process():
         return OrderedDict()
     logger.info("The network was run by %s", backend["backend"])
     save_results(path, {**results, "backend": backend})
     logger.info("Saved the results to %s", path)
+    forget_images(unfinished)
     return results[names[0]] if len(names) == 1 else results
+
+
+def _kept_images(
+    cfg: CfgNode, model: nn.Module, evaluator: DatasetEvaluator, ahead: ImagesAhead, name: str, folder: str
+) -> KeptImages | None:
+    """Have an evaluator keep its images in a folder; None where it cannot."""
+    if not isinstance(evaluator, OverlappedEvaluators) or not evaluator.can_keep:
+        return None
+    evaluator.kept = KeptImages(
+        folder,
+        name,
+        lambda: _runner(model),
+        total=ahead.number_of_images(name),
+        batch_size=cfg.TEST.BATCH_SIZE,
+    )
+    return evaluator.kept
 
 
 def _clean(folder: str, results: str, names: list[str]) -> None:
@@ -100,14 +138,24 @@ def _clean(folder: str, results: str, names: list[str]) -> None:
         os.unlink(results)
 
 
-def describe_backend(model: nn.Module) -> dict:
+def _runner(model: nn.Module) -> dict:
+    backend = getattr(model, "backend", None)
+    return backend.describe() if hasattr(backend, "describe") else {"backend": "torch"}
+
+
+def describe_backend(model: nn.Module, earlier: Sequence[dict] | None = None) -> dict:
     """What ran the network on all processes: the main one's description with everyone's images and reasons.
 
     Every process must call it; only the main one gets them all.
+
+    Args:
+        earlier: what had run it for batches of this process that an evaluation before this one kept; for all processes, or
+            None for all.
     """
-    backend = getattr(model, "backend", None)
-    told = backend.describe() if hasattr(backend, "describe") else {"backend": "torch"}
+    told = _runner(model)
     everyone = comm.gather(told) or [told]
+    if earlier is not None:
+        everyone += itertools.chain.from_iterable(comm.gather(list(earlier)))
     # A rank that fell back while the others did not must show; one that had no images ran nothing.
     ran = [one for one in everyone if sum(one.get("images", {}).values())] or everyone
     told["backend"] = "; ".join(dict.fromkeys(one["backend"] for one in ran))

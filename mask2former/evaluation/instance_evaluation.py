@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
 from pycocotools.cocoeval import COCOeval
 
 from ..data.annotations import check_instances
 from ..data.errors import UNREADABLE, AnnotationError, read_json
+from .coco_eval import ParallelCOCOeval
 from .formats import RLEMixin
 from .whole_files import WholeFilesMixin
 
@@ -24,15 +29,23 @@ class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
     """detectron2's COCOEvaluator where the contiguous ids of things need not be 0 .. N - 1.
 
     In a data set with things and stuff, as ADE20K's panoptic form, the things' ids have gaps. They are closed
-    up here, before COCOEvaluator, which accepts none, sees them. Results and files are COCOEvaluator's.
+    up here, before COCOEvaluator, which accepts none, sees them. Results and files are COCOEvaluator's; where it would run
+    pycocotools' evaluation, several processes run it.
     """
 
-    def __init__(self, dataset_name: str, output_dir: str | None = None, distributed: bool = True):
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str | None = None,
+        distributed: bool = True,
+        max_processes: int = -1,
+    ):
         """
         Args:
             dataset_name: with json_file (COCO instances) in its metadata.
             output_dir: where predictions are written, None for nowhere.
             distributed: gather from all ranks.
+            max_processes: TEST.EVALUATION_THREADS.
 
         Raises:
             AnnotationError: the JSON, or an annotation in it, is not what pycocotools reads, which would fail without a name
@@ -53,6 +66,7 @@ class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
                 check_instances(path, read_json(path), evaluated=True)
             raise AnnotationError(f"{path or dataset_name} cannot be evaluated on: {error!r}") from error
         self._name = dataset_name
+        self._max_processes = max_processes
         if path:
             check_instances(path, self._coco_api.dataset, evaluated=True)
         if 0 in self._coco_api.anns:
@@ -111,6 +125,39 @@ class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
     def _tasks_from_predictions(self, predictions: list[dict]) -> list[str]:
         # COCOEvaluator would report boxes alone: the metrics' names would depend on the model.
         return super()._tasks_from_predictions(predictions) if predictions else ["bbox", "segm"]
+
+    def _eval_predictions(self, predictions: list[dict], img_ids: Sequence | None = None) -> None:
+        """COCOEvaluator's, with ParallelCOCOeval, and without its copies of all masks."""
+        results = list(itertools.chain.from_iterable(one["instances"] for one in predictions))
+        tasks = sorted(self._tasks or self._tasks_from_predictions(results))
+        if self._use_fast_impl or not self._do_evaluation or not set(tasks) <= {"bbox", "segm"}:
+            super()._eval_predictions(predictions, img_ids=img_ids)
+            return
+        logger.info("Evaluating %d predicted instances with the official COCO API", len(results))
+        contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if contiguous is not None:
+            dataset_ids = {v: k for k, v in contiguous.items()}
+            for result in results:
+                result["category_id"] = dataset_ids[result["category_id"]]
+        if self._output_dir:
+            path = os.path.join(self._output_dir, "coco_instances_results.json")
+            with PathManager.open(path, "w") as file:
+                file.write(json.dumps(results))
+        for task in tasks:
+            evaluation = None
+            if results:  # COCO takes no empty list
+                # It writes to them. Where they have boxes, COCO takes the boxes' areas for the instances' own.
+                mine = [{k: v for k, v in one.items() if task == "bbox" or k != "bbox"} for one in results]
+                found = self._coco_api.loadRes(mine)
+                evaluation = ParallelCOCOeval(self._coco_api, found, task, self._max_processes)
+                if img_ids is not None:
+                    evaluation.params.imgIds = img_ids
+                evaluation.evaluate()
+                evaluation.accumulate()
+                evaluation.summarize()
+            self._results[task] = self._derive_coco_results(
+                evaluation, task, class_names=self._metadata.get("thing_classes")
+            )
 
 
 def _has_fast_coco_eval() -> bool:

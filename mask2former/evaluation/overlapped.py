@@ -19,6 +19,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch import Tensor
 
+from .kept_images import KeptImages
+
 # More would mostly wait for Python's lock, which the model's thread needs too.
 _MOST_THREADS = 8
 # Images under way for each thread: one that it works on, one that waits.
@@ -99,7 +101,14 @@ class OverlappedEvaluators(DatasetEvaluators):
         self._per_image = [e for e in evaluators if isinstance(e, PerImageMixin)]
         self._others = [e for e in evaluators if not isinstance(e, PerImageMixin)]
         self._pool: ThreadPoolExecutor | None = None
-        self._pending: deque[Future] = deque()
+        self._pending: deque[tuple[Future, dict | None]] = deque()
+        # Where it is set: keeps the images in files, and has those of an evaluation that ended early.
+        self.kept: KeptImages | None = None
+
+    @property
+    def can_keep(self) -> bool:
+        """Whether all that is known of an image passes through here, and not by an evaluator without `add`."""
+        return not self._others
 
     @property
     def most_pending(self) -> int:
@@ -109,8 +118,21 @@ class OverlappedEvaluators(DatasetEvaluators):
     def reset(self) -> None:
         self.close()
         super().reset()
+        for examined in self.kept.earlier if self.kept else ():
+            self._add(examined)
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        runner = self.kept.batch_runner() if self.kept else None
+        if not self._num_threads and self.kept:
+            for image, output in zip(inputs, outputs, strict=True):
+                copies = HostCopies()
+                fetched = [evaluator.fetch(output, copies) for evaluator in self._per_image]
+                copies.started()
+                examined = self._examine(image, fetched, copies)
+                self.kept.add(examined, runner)
+                self._add(examined)
+                runner = None
+            return
         if not self._num_threads:
             super().process(inputs, outputs)
             return
@@ -126,7 +148,8 @@ class OverlappedEvaluators(DatasetEvaluators):
                     self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="evaluation")
                 # No evaluator reads the pixels.
                 record = {k: v for k, v in image.items() if k != "image"}
-                self._pending.append(self._pool.submit(self._examine, record, fetched, copies))
+                self._pending.append((self._pool.submit(self._examine, record, fetched, copies), runner))
+                runner = None
         except BaseException:
             self.close()
             raise
@@ -145,6 +168,8 @@ class OverlappedEvaluators(DatasetEvaluators):
     def close(self) -> None:
         """Drop the images that have not been examined, and end the threads."""
         self._pending.clear()
+        if self.kept:
+            self.kept.flush()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
@@ -157,10 +182,17 @@ class OverlappedEvaluators(DatasetEvaluators):
 
     def _add_examined(self, most: int) -> None:
         """Keep what is known of the first images, and wait until at most `most` are under way."""
-        while self._pending and (len(self._pending) > most or self._pending[0].done()):
-            for evaluator, examined in zip(self._per_image, self._pending[0].result(), strict=True):
-                evaluator.add(examined)
+        while self._pending and (len(self._pending) > most or self._pending[0][0].done()):
+            future, runner = self._pending[0]
+            examined = future.result()
+            if self.kept:
+                self.kept.add(examined, runner)
+            self._add(examined)
             self._pending.popleft()
+
+    def _add(self, examined: list) -> None:
+        for evaluator, part in zip(self._per_image, examined, strict=True):
+            evaluator.add(part)
 
 
 def number_of_threads(wanted: int) -> int:
@@ -175,6 +207,9 @@ def number_of_threads(wanted: int) -> int:
         )
     if wanted != -1:
         return wanted
-    # Those that the process may run on, where the system can tell.
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cpus // comm.get_local_size(), _MOST_THREADS))
+    return max(1, min(available_cpus() // comm.get_local_size(), _MOST_THREADS))
+
+
+def available_cpus() -> int:
+    """Those that the process may run on, where the system can tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

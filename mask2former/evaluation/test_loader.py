@@ -26,7 +26,7 @@ def build_test_loader(
 
     Returns:
         A loader that yields lists of dicts. It raises AnnotationError where a record cannot be read. `record_sizes` has for
-        each record (height, width) of its image before the mapper, or None where it does not tell.
+        each record (height, width) of its image before the mapper, or None where it does not tell; `records` are those.
 
     Raises:
         ValueError: TEST.BATCH_SIZE is not a positive integer.
@@ -39,7 +39,8 @@ def build_test_loader(
         mapper = DatasetMapper(cfg, False)
         # It would read and resize the semantic maps, which the evaluators read themselves.
         records = [{k: v for k, v in record.items() if k != "sem_seg_file_name"} for record in records]
-    dataset = MapDataset(DatasetFromList(records, copy=False), _NamingMapper(mapper))
+    kept = DatasetFromList(records, copy=False)
+    dataset = MapDataset(kept, _NamingMapper(mapper))
     sampler = InferenceSampler(len(dataset))
     loader = _TestLoader(
         dataset,
@@ -48,6 +49,7 @@ def build_test_loader(
         multiprocessing_context=worker_context(cfg.DATALOADER.NUM_WORKERS),
         collate_fn=_as_list,
     )
+    loader.records = kept
     loader.record_sizes = [
         (record["height"], record["width"]) if "height" in record and "width" in record else None
         for record in records

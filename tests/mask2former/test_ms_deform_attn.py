@@ -518,18 +518,20 @@ def test_wrong_addresses_are_refused_before_the_launch():
     wrong = {**types, **strides, "batch": 1, "heads": 1, "dim": 4, "points": 1, "stream": 0}
     sizes = [(1, 1)]
     launch = kernels.load().ms_deform_attn
+    memory = torch.zeros(64, device="cuda")
+    at = memory.data_ptr()
     with pytest.raises(ValueError, match="value is a null pointer"):
-        launch(0, 16, 16, 16, level_sizes=sizes, **wrong)
+        launch(0, at, at, at, level_sizes=sizes, **wrong)
     with pytest.raises(ValueError, match="out is not aligned to 16 bytes"):
-        launch(16, 16, 16, 24, level_sizes=sizes, **wrong)
+        launch(at, at, at, at + 8, level_sizes=sizes, **wrong)
     with pytest.raises(ValueError, match="float64; expected float32, float16 or bfloat16"):
-        launch(16, 16, 16, 16, level_sizes=sizes, **{**wrong, "value_dtype": "float64"})
+        launch(at, at, at, at, level_sizes=sizes, **{**wrong, "value_dtype": "float64"})
     with pytest.raises(ValueError, match="must be float32 or of the value's type"):
-        launch(16, 16, 16, 16, level_sizes=sizes, **{**wrong, "sampling_dtype": "float16"})
+        launch(at, at, at, at, level_sizes=sizes, **{**wrong, "sampling_dtype": "float16"})
     with pytest.raises(ValueError, match=r"level 0 is -1x1"):
-        launch(16, 16, 16, 16, level_sizes=[(-1, 1)], **wrong)
+        launch(at, at, at, at, level_sizes=[(-1, 1)], **wrong)
     for name, stride in (("offsets_stride", 1), ("logits_stride", 0), ("logits_stride", 1 << 31)):
         with pytest.raises(
             ValueError, match="elements between the offsets and logits of pixels, which have 2 and 1"
         ):
-            launch(16, 16, 16, 16, level_sizes=sizes, **{**wrong, name: stride})
+            launch(at, at, at, at, level_sizes=sizes, **{**wrong, name: stride})

@@ -12,12 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils.events import get_event_storage
 
 from mask2former.data.datasets.shapes import register_shapes
 from mask2former.engine import Trainer
 from mask2former.engine.checkpoint import WholeFileCheckpointer
+from mask2former.engine.resumed_keys import changed_keys, training_keys
 from mask2former.engine.time_limit import TimeIsUp, TimeLimit
-from tests.mask2former.test_training import PREFIX, make_cfg, new_trainer, one_thread, root, weights_of
+from tests.mask2former.test_training import PREFIX, Crash, make_cfg, new_trainer, one_thread, root, weights_of
 
 __all__ = ["one_thread", "root"]
 POLY = ("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.MAX_ITER", 6)
@@ -113,6 +115,41 @@ def test_another_number_of_iterations_moves_the_end_of_the_schedule(root, tmp_pa
     assert rates.values[1:] == pytest.approx([1e-3 * (1 - i / 8) ** 0.9 for i in range(2, 8)])
 
 
+def test_keys_that_changed_are_named_in_one_warning(root, tmp_path, caplog):
+    limited_trainer(make_cfg(tmp_path, *POLY), 0).train()
+    changed = (
+        "SOLVER.IMS_PER_BATCH",
+        3,
+        "INPUT.IMAGE_SIZE",
+        96,
+        "DATASETS.TRAIN",
+        (f"{PREFIX}_val_panoptic",),
+    )
+    free = ("SOLVER.MAX_ITER", 7, "SOLVER.CHECKPOINT_PERIOD", 3, "INPUT.MIN_SIZE_TEST", 32)
+    free += ("DATALOADER.NUM_WORKERS", 1, "MODEL.WEIGHTS", "gone.pkl", "TEST.BATCH_SIZE", 2)
+    with caplog.at_level(logging.WARNING):
+        new_trainer(make_cfg(tmp_path, *POLY, *changed, *free), resume=True)
+    (told,) = (r.getMessage() for r in caplog.records if "other values" in r.getMessage())
+    assert told.startswith(
+        "--resume with other values than the job began with: "
+        f"DATASETS.TRAIN ('{PREFIX}_val_panoptic',) (was ('{PREFIX}_train_panoptic',)), INPUT.IMAGE_SIZE 96 (was 64), "
+        "SOLVER.IMS_PER_BATCH 3 (was 2). "
+    )
+
+
+def test_keys_that_did_not_change_are_not_spoken_of(root, tmp_path, caplog, monkeypatch):
+    limited_trainer(make_cfg(tmp_path, *POLY), 0).train()
+    with caplog.at_level(logging.WARNING):
+        trainer = new_trainer(make_cfg(tmp_path, *POLY), resume=True)
+    assert "other values" not in caplog.text and trainer.start_iter == 1
+    # Each process draws images of its own: another number of them is another order.
+    monkeypatch.setattr("mask2former.engine.resumed_keys.comm.get_world_size", lambda: 4)
+    assert changed_keys(
+        torch.load(tmp_path / "model_0000000.pth")["trainer"]["keys"], training_keys(trainer.cfg)
+    ) == ["the number of processes 4 (was 1)"]
+    assert changed_keys(None, training_keys(trainer.cfg)) == []
+
+
 def test_batches_that_are_loaded_ahead_come_in_their_order(root, tmp_path):
     """On a GPU a step loads the next batch while the GPU works; here a step that takes the CPU for one."""
     plain = new_trainer(make_cfg(tmp_path / "plain", *POLY))
@@ -126,6 +163,61 @@ def test_batches_that_are_loaded_ahead_come_in_their_order(root, tmp_path):
     assert ahead.start_iter == 1
     ahead.train()
     assert_same_weights(weights_of(plain), weights_of(ahead))
+
+
+class Evaluations:
+    """In the place of `evaluate_model`: an accuracy, and a crash in the evaluation of this number."""
+
+    def __init__(self, crash: int | None = None):
+        self.seen, self.iterations, self.crash = [], [], crash
+
+    def __call__(self, cfg, model):
+        if len(self.seen) + 1 == self.crash:
+            raise RuntimeError("power failure")
+        self.iterations.append(get_event_storage().iter)
+        self.seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return {"sem_seg": {"mIoU": float(len(self.seen))}}
+
+
+EVALUATED = (*POLY, "DATASETS.TEST", (f"{PREFIX}_val_panoptic",), "TEST.EVAL_PERIOD", 2)
+
+
+@pytest.mark.parametrize("number, resumed_at", [(1, 2), (2, 4), (3, 6)])
+def test_evaluation_that_a_crash_cut_off_is_made_up_for(root, tmp_path, monkeypatch, number, resumed_at):
+    cfg = make_cfg(tmp_path, *EVALUATED)
+    first, rest = Evaluations(crash=number), Evaluations()
+    monkeypatch.setattr("mask2former.engine.trainer.evaluate_model", first)
+    with pytest.raises(RuntimeError, match="power failure"):
+        new_trainer(cfg).train()
+    # As detectron2 counts: that after the last iteration is told behind it.
+    expected = [1, 3, 6]
+    assert first.iterations == expected[: number - 1]
+
+    monkeypatch.setattr("mask2former.engine.trainer.evaluate_model", rest)
+    trainer = new_trainer(cfg, resume=True)
+    assert trainer.start_iter == resumed_at
+    trainer.train()
+    assert rest.iterations == expected[number - 1 :] and trainer.finished and trainer.model.training
+    assert_same_weights(rest.seen[0], torch.load(tmp_path / f"model_{resumed_at - 1:07d}.pth")["model"])
+    assert (tmp_path / "last_evaluation").read_text() == "6"
+
+
+def test_evaluation_that_came_to_its_end_is_not_run_again(root, tmp_path, monkeypatch):
+    cfg = make_cfg(tmp_path, *EVALUATED)
+    # As if another training in this folder had come to its end.
+    (tmp_path / "last_evaluation").write_text("6")
+    runs = [Evaluations(), Evaluations()]
+    monkeypatch.setattr("mask2former.engine.trainer.evaluate_model", runs[0])
+    first = new_trainer(cfg)
+    first.register_hooks([Crash(2)])
+    with pytest.raises(RuntimeError, match="power failure"):
+        first.train()
+    assert (tmp_path / "last_evaluation").read_text() == "2"
+    monkeypatch.setattr("mask2former.engine.trainer.evaluate_model", runs[1])
+    second = new_trainer(cfg, resume=True)
+    assert second.start_iter == 2
+    second.train()
+    assert [run.iterations for run in runs] == [[1], [3, 6]]
 
 
 class Kill(HookBase):

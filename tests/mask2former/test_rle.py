@@ -86,7 +86,7 @@ def test_strings_of_the_compiled_coder_are_pycocotools(size):
         flat = mask.reshape(-1, order="F").astype(np.int8)
         boundaries = np.flatnonzero(np.diff(flat, prepend=0)).astype(np.int32)
         encode = kernels.load().postprocess.encode_runs
-        (counts,) = encode(boundaries.ctypes.data, [0], [len(boundaries)], mask.size)
+        (counts,) = encode(boundaries.ctypes.data, len(boundaries), [0], [len(boundaries)], mask.size)
         assert counts == mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
 
 

@@ -120,6 +120,35 @@ def test_last_iteration_loads_no_batch_ahead(monkeypatch, good, readable):
     assert loader.loaded == good
 
 
+class Batches:
+    """Batches of one image, of these values."""
+
+    def __init__(self, values):
+        self._values = values
+
+    def __iter__(self):
+        return ([{"image": torch.full((3,), value)}] for value in self._values)
+
+
+def test_scaled_losses_give_the_updates_of_unscaled_ones(monkeypatch):
+    """A GradScaler's life on a GPU, by one for the CPU: it scales, grows, skips what overflows and shrinks."""
+    values = [1.0, 2.0, float("inf"), 3.0]
+    model = OneLoss()
+    optimizer = torch.optim.SGD(model.parameters(), 0.125)
+    step = TrainStep(model, Batches(values), optimizer, amp=False, max_iter=4)
+    step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+    monkeypatch.setattr(step, "_write_metrics", lambda *_: None)
+    gradients, weights, scales = [], [], []
+    model.weight.register_hook(lambda gradient: gradients.append(gradient[0].item()))
+    for step.iter in range(4):
+        step.run_step()
+        weights.append(model.weight[0].item())
+        scales.append(step.grad_scaler.get_scale())
+    assert gradients == [64.0, 128.0, float("inf"), 192.0]
+    assert weights == [0.875, 0.625, 0.625, 0.25]
+    assert scales == [64.0, 128.0, 64.0, 64.0]
+
+
 @pytest.mark.slow
 def test_one_batch_is_learnt_by_heart(root, tmp_path):
     cfg = make_cfg(
@@ -254,6 +283,36 @@ def test_job_that_crashed_goes_on_as_if_it_had_not(root, tmp_path, workers):
     assert any(not torch.equal(expected[n], weights_of(first)[n]) for n in expected), (
         "training changed nothing"
     )
+
+
+def test_scale_of_the_losses_goes_on_after_a_crash(root, tmp_path, monkeypatch):
+    """By a GradScaler for the CPU, which grows after every third iteration."""
+    plain = new_trainer(make_cfg(tmp_path / "plain"))
+    plain.train()
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda device, enabled: real("cpu", init_scale=256.0, growth_interval=3)
+    )
+
+    whole = new_trainer(make_cfg(tmp_path / "whole"))
+    whole.train()
+    first = new_trainer(make_cfg(tmp_path / "crashed"))
+    fresh = first._trainer.grad_scaler.state_dict()
+    first.register_hooks([Crash(2)])
+    with pytest.raises(RuntimeError, match="power failure"):
+        first.train()
+    second = new_trainer(make_cfg(tmp_path / "crashed"), resume=True)
+    assert second.start_iter == 2
+    restored = second._trainer.grad_scaler.state_dict()
+    assert restored == {**fresh, "_growth_tracker": 2}
+    second.train()
+    # A fresh one would not have grown in the two iterations that were left.
+    for trainer in (whole, second):
+        assert trainer._trainer.grad_scaler.state_dict() == {**fresh, "scale": 512.0, "_growth_tracker": 1}
+    # Scaling by powers of two, undone before gradients are clipped, is exact.
+    for name, value in weights_of(plain).items():
+        assert torch.equal(value, weights_of(whole)[name]), name
+        assert torch.equal(value, weights_of(second)[name]), name
 
 
 def test_checkpoint_has_the_names_of_the_release_and_loads(root, tmp_path):

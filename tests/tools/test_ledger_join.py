@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import accuracy_ledger
+import ledger_images
 import ledger_join
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from ledger_join import TABLES, joined, row_folder, without_engine_keys
 from ledger_markdown import table
 from measurements import MeasurementFile
 
+from mask2former.evaluation import processes
 from tests.d2_trt.backend_helpers import workshop as workshop
 from tests.tools.shapes_checkpoint import CONFIG, REPO, make_checkpoint, overrides
 from tests.tools.shapes_checkpoint import one_thread as one_thread
@@ -65,6 +67,27 @@ def test_counts_of_single_images_give_the_metrics(run, tmp_path, weights):
     assert first["se_mIoU"] == "" and float(second["se_mIoU"]) >= 0
 
 
+def test_counts_of_several_processes_are_those_of_one(run, tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+    assert run("--backend", "torch", "--precision", "fp32", "--resume", str(path)) == 0
+    folder = Path(row_folder(str(tmp_path / "work"), rows_of(path)[0])) / "inference"
+    alone = ImageTables.of_predictions(DATASET, folder, 0).arrays
+    monkeypatch.setattr(processes, "_IMAGES_PER_PROCESS", 1)
+    shared_out = []
+    in_processes = processes.in_processes
+
+    def told(work, count):
+        shared_out.append(count)
+        return in_processes(work, count)
+
+    monkeypatch.setattr(ledger_images, "in_processes", told)
+    together = ImageTables.of_predictions(DATASET, folder, 2).arrays
+    assert shared_out == [2, 2]  # PQ and mIoU
+    assert together.keys() == alone.keys() and len(alone) == 7
+    for name, array in alone.items():
+        np.testing.assert_array_equal(together[name], array, err_msg=name, strict=True)
+
+
 def drawn_tables(generator: np.random.Generator, images: int, skill: float) -> ImageTables:
     """Of images with four detections each, of two categories, which are right more often with more skill."""
     category = np.repeat([0, 1], 2 * images).astype(np.int16)
@@ -106,6 +129,65 @@ def test_equal_predictions_have_no_error_and_other_images_none_that_could_be_tol
     tables = drawn_tables(generator, 20, 0.5)
     assert standard_errors(tables, tables) == {"PQ": 0, "AP": 0, "mIoU": 0}
     assert standard_errors(tables, drawn_tables(generator, 21, 0.5)) == {}
+
+
+def plain_average_precision(tables: ImageTables, weights: np.ndarray) -> float:
+    """Of one choice of images, with every detection looked at."""
+    found = []
+    for category, instances in enumerate(weights @ tables.arrays["AP_instances"]):
+        mine = tables.arrays["AP_category"] == category
+        weight = weights[tables.arrays["AP_image"][mine]]
+        for matched, counted in zip(
+            tables.arrays["AP_matched"][:, mine], tables.arrays["AP_counted"][:, mine]
+        ):
+            if instances == 0:
+                continue
+            right = np.cumsum(matched * weight)
+            precision = right / np.maximum(np.cumsum(counted * weight), np.spacing(1))
+            points = []
+            for recall in np.linspace(0, 1, 101):
+                reached = precision[right / instances >= recall]
+                points.append(reached.max() if len(reached) else 0.0)
+            found.append(np.mean(points))
+    return 100 * np.mean(found) if found else np.nan
+
+
+def ragged_tables(generator: np.random.Generator, images: int) -> ImageTables:
+    """Detections that do not count, categories without instances or detections, and images without either."""
+    detections = 40 * images
+    category = np.sort(generator.choice([0, 1, 3, 4], detections)).astype(np.int16)
+    image = generator.integers(0, images - 1, detections).astype(np.int32)
+    matched = generator.random((10, detections)) < np.linspace(0.4, 0.0, 10)[:, None]
+    counted = matched | (generator.random((10, detections)) < 0.9)
+    instances = np.zeros((images, 5), np.int32)
+    for c in (0, 2, 4):
+        instances[:, c] = generator.integers(0, 3, images)
+        if c != 2:  # no more can be right than there are
+            instances[:, c] += np.bincount(image[(category == c) & matched.any(0)], minlength=images).astype(
+                np.int32
+            )
+    matched[:, (category == 1) | (category == 3)] = False
+    arrays = {"AP_image": image, "AP_category": category, "AP_matched": matched, "AP_counted": counted}
+    return ImageTables([str(i) for i in range(images)], {**arrays, "AP_instances": instances})
+
+
+@pytest.mark.parametrize("at_once", [1, 5_000, ledger_images._AT_ONCE])
+def test_average_precision_of_many_choices_is_that_of_each(monkeypatch, at_once):
+    monkeypatch.setattr(ledger_images, "_AT_ONCE", at_once)
+    generator = np.random.default_rng(5)
+    tables = ragged_tables(generator, 12)
+    weights = np.concatenate(
+        [
+            generator.multinomial(12, np.full(12, 1 / 12), size=20),
+            generator.random((3, 12)),
+            np.eye(12, dtype=int)[[0, 11]],  # one image alone, the last without a detection
+            np.zeros((1, 12), int),
+        ]
+    )
+    actual = tables.metrics(weights)["AP"]
+    expected = np.array([plain_average_precision(tables, row) for row in weights.astype(float)])
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-9)
+    assert np.ptp(actual[:20]) > 1 and np.isnan(actual[-1]) and not np.isnan(actual[:-1]).any()
 
 
 def test_average_precision_of_doubled_images_is_cocos(tmp_path):
@@ -282,6 +364,26 @@ def test_counts_of_another_measurement_give_no_error(tmp_path):
     rows[1]["AP"] = "1.0"
     made = joined_rows(tmp_path, rows)[1]
     assert made["se_AP"] == "" and made["se_PQ"] != ""
+
+
+def test_counts_of_a_row_are_resampled_once(tmp_path, monkeypatch):
+    """The reference's too, however many rows are compared with it."""
+    generator = np.random.default_rng(0)
+    batches = [str(n) for n in range(1, 7)]
+    rows = []
+    for precision in ("fp32", "tf32", "fp16"):
+        for batch in batches:
+            tables = drawn_tables(generator, 10, 0.5)
+            values = {name: str(value[0]) for name, value in tables.metrics(np.ones((1, 10))).items()}
+            rows.append(row_of(precision=precision, batch=batch, **values))
+            folder = Path(row_folder(str(tmp_path), rows[-1]))
+            folder.mkdir(parents=True)
+            tables.save(folder / TABLES)
+    times, resampled = [], ImageTables.resampled
+    monkeypatch.setattr(ImageTables, "resampled", lambda self: times.append(1) or resampled(self))
+    made = joined_rows(tmp_path, rows)
+    assert len(times) == len(rows)
+    assert [row["se_AP"] != "" for row in made] == [row["precision"] != "fp32" for row in made]
 
 
 @pytest.mark.parametrize("kept", [0, 10, 0.5, -30])

@@ -195,6 +195,16 @@ def test_training_end_to_end(tmp_path):
     assert saved["iteration"] == 4
 
 
+def test_resumed_evaluation_is_asked_for(train_net, available, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.chdir(REPO_ROOT)
+    monkeypatch.setattr(train_net, "setup", lambda args: get_mask2former_cfg(args.config_file, args.opts))
+    monkeypatch.setattr(train_net, "evaluate_model", lambda cfg, model, resume: asked.append(resume) or {})
+    words = ["--config-file", CONFIG, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "OUTPUT_DIR", str(tmp_path)]
+    assert train_net.run(["--eval-only", *words]) == train_net.run(["--eval-only", "--resume", *words]) == 0
+    assert asked == [False, True]
+
+
 def test_config_is_required(run):
     assert "--config-file is missing" in run("--eval-only")
 
