@@ -89,13 +89,13 @@ class TrainStep(SimpleTrainer):
         self.grad_scaler.update()
         # Last, and in one piece: this waits for the GPU.
         values = torch.stack(list(losses.values())).detach().cpu()
-        if not values.isfinite().all():
-            bad = {name: value.item() for name, value in zip(losses, values) if not value.isfinite()}
+        try:
+            self._write_metrics(dict(zip(losses, values)), data_time)
+        except FloatingPointError as error:
             raise FloatingPointError(
-                f"losses are NaN or infinite ({str(bad)[:200]}): training has diverged. Lower SOLVER.BASE_LR, or set "
-                "SOLVER.AMP.ENABLED False, and resume from an earlier checkpoint"
-            )
-        self._write_metrics(dict(zip(losses, values)), data_time)
+                f"losses are NaN or infinite ({' '.join(str(error).split())}): training has diverged. Lower "
+                "SOLVER.BASE_LR, or set SOLVER.AMP.ENABLED False, and resume from an earlier checkpoint"
+            ) from error
 
     def _load(self) -> tuple[list[dict], float]:
         """The next batch, and the seconds it took."""
