@@ -12,7 +12,6 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
@@ -31,6 +30,7 @@ from mask2former.backend import BackendError, check_backend, settle_backend
 from mask2former.data import build_train_mapper, check_train_sets
 from mask2former.data.errors import AnnotationError
 from mask2former.engine import Trainer, torch_training_cfg
+from mask2former.engine.checkpoint import CheckpointError, NamingCheckpointer
 from mask2former.evaluation import check_test_sets, evaluate_model, with_evaluation_formats
 
 EPILOG = """
@@ -219,7 +219,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     cfg = setup(args)
     logger = logging.getLogger("mask2former.train_net")
     model = build_model(with_evaluation_formats(cfg))
-    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer = NamingCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     if not cfg.MODEL.WEIGHTS and not (args.resume and checkpointer.has_checkpoint()):
         logger.warning("MODEL.WEIGHTS is empty: the weights are random, and so are the results")
     else:
@@ -243,7 +243,8 @@ def main(args: argparse.Namespace) -> dict | None:
     """What every process of the job runs."""
     try:
         return evaluate(args) if args.eval_only else train(args)
-    except (BackendError, AnnotationError) as error:
+    # A FloatingPointError tells that training has diverged.
+    except (BackendError, AnnotationError, CheckpointError, FloatingPointError) as error:
         if comm.get_world_size() == 1:
             raise UsageError(error) from error
         # An exception would end in the tracebacks of all processes.

@@ -9,8 +9,9 @@ from typing import Any
 
 from detectron2.utils.file_io import PathManager
 
-# What reading and decoding raise. PIL tells of some broken PNGs by a SyntaxError.
-_EXPECTED = (ValueError, KeyError, OSError, SyntaxError)
+# What reading and decoding raise: numbers that are null or text (TypeError) or too large (OverflowError), lists that are too
+# short (IndexError). PIL tells of some broken PNGs by a SyntaxError.
+UNREADABLE = (ValueError, TypeError, OverflowError, KeyError, IndexError, OSError, SyntaxError)
 
 
 class AnnotationError(ValueError):
@@ -32,7 +33,7 @@ def naming(record: Mapping[str, Any], doing: str) -> Iterator[None]:
         yield
     except AnnotationError:
         raise
-    except _EXPECTED as error:
+    except UNREADABLE as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         image = f" (image_id {record['image_id']!r})" if "image_id" in record else ""
         raise AnnotationError(

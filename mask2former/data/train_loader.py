@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, MetadataCatalog
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from .dataset_mappers import build_train_mapper
 from .datasets.catalog import require_paths, require_registered
 from .errors import AnnotationError, naming
+from .records import load_records
 from .workers import worker_context
 
 # Fields of metadata that name files or directories. json_file of a panoptic data set is not read in training.
@@ -136,6 +137,7 @@ def build_train_loader(
 
     Raises:
         ValueError: a key has a value that it cannot have.
+        FileNotFoundError, AnnotationError: the data sets cannot be read, see `load_records`.
     """
     world = comm.get_world_size()
     images = cfg.SOLVER.IMS_PER_BATCH
@@ -145,9 +147,7 @@ def build_train_loader(
         )
     if mapper is None:
         mapper = build_train_mapper(cfg)
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    )
+    records = load_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     if seed is None:
         seed = training_seed(cfg)
     group = cfg.DATALOADER.ASPECT_RATIO_GROUPING and not getattr(mapper, "fixed_size", False)

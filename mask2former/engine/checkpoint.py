@@ -1,14 +1,60 @@
-"""Checkpoints that are whole, whenever the job that writes them ends."""
+"""Checkpoints that are whole, whenever the job that writes them ends, and named where they are not."""
 
 from __future__ import annotations
 
 import os
+import pickle
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
+# What torch.load and pickle raise of a file that is cut off, empty, or of another kind.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    pickle.UnpicklingError,
+)
 
-class WholeFileCheckpointer(DetectionCheckpointer):
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be read; the message says which one, and what to do."""
+
+
+class NamingCheckpointer(DetectionCheckpointer):
+    """detectron2's checkpointer, which names a checkpoint that it cannot read."""
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        try:
+            return super()._load_file(filename)
+        except _UNREADABLE as error:
+            instead = "name another one in MODEL.WEIGHTS, or fetch or export it again"
+            last = os.path.join(self.save_dir or "", "last_checkpoint")
+            if self.has_checkpoint() and os.path.abspath(filename) == os.path.abspath(
+                self.get_checkpoint_file()
+            ):
+                others = ", ".join(self._others(filename)) or "there is none"
+                instead = f"write the name of another checkpoint ({others}) into {last}, or remove that file to start anew"
+            raise CheckpointError(
+                f"the checkpoint {filename} cannot be read ({type(error).__name__}: {error}): is it complete? To go on, "
+                + instead
+            ) from error
+
+    def _others(self, filename: str) -> list[str]:
+        """Names of the other checkpoints beside one, the newest first."""
+        folder = os.path.dirname(filename)
+        found = [os.path.join(folder, n) for n in os.listdir(folder or ".") if n.endswith(".pth")]
+        found = [path for path in found if os.path.abspath(path) != os.path.abspath(filename)]
+        return [os.path.basename(path) for path in sorted(found, key=os.path.getmtime, reverse=True)]
+
+
+class WholeFileCheckpointer(NamingCheckpointer):
     """detectron2's checkpointer, whose files appear in one piece.
 
     A job that is killed while it writes leaves the checkpoint before it in place, and `last_checkpoint` naming a whole

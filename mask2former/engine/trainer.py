@@ -89,7 +89,13 @@ class TrainStep(SimpleTrainer):
         self.grad_scaler.update()
         # Last, and in one piece: this waits for the GPU.
         values = torch.stack(list(losses.values())).detach().cpu()
-        self._write_metrics(dict(zip(losses, values)), data_time)
+        try:
+            self._write_metrics(dict(zip(losses, values)), data_time)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"losses are NaN or infinite ({' '.join(str(error).split())}): training has diverged. Lower "
+                "SOLVER.BASE_LR, or set SOLVER.AMP.ENABLED False, and resume from an earlier checkpoint"
+            ) from error
 
     def _load(self) -> tuple[list[dict], float]:
         """The next batch, and the seconds it took."""

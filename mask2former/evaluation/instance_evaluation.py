@@ -16,7 +16,8 @@ from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from pycocotools.cocoeval import COCOeval
 
-from ..data.errors import AnnotationError
+from ..data.annotations import check_instances
+from ..data.errors import UNREADABLE, AnnotationError, read_json
 from .coco_eval import ParallelCOCOeval
 from .formats import RLEMixin
 from .whole_files import WholeFilesMixin
@@ -45,7 +46,12 @@ class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
             output_dir: where predictions are written, None for nowhere.
             distributed: gather from all ranks.
             max_processes: TEST.EVALUATION_THREADS.
+
+        Raises:
+            AnnotationError: the JSON, or an annotation in it, is not what pycocotools reads, which would fail without a name
+                or count something else.
         """
+        path = MetadataCatalog.get(dataset_name).get("json_file")
         try:
             super().__init__(
                 dataset_name,
@@ -53,19 +59,23 @@ class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
                 output_dir=output_dir,
                 use_fast_impl=_has_fast_coco_eval(),
             )
-        except json.JSONDecodeError as error:
-            path = MetadataCatalog.get(dataset_name).get("json_file")
-            raise AnnotationError(f"{path} is no valid JSON ({error}): is it complete?") from error
+        except FileNotFoundError:
+            raise
+        except UNREADABLE as error:
+            if path:
+                check_instances(path, read_json(path), evaluated=True)
+            raise AnnotationError(f"{path or dataset_name} cannot be evaluated on: {error!r}") from error
         self._name = dataset_name
         self._max_processes = max_processes
-        unknown = {a["category_id"] for a in self._coco_api.dataset.get("annotations", ())}
-        unknown -= set(self._coco_api.getCatIds())
-        if unknown:
-            # COCOeval would leave them out without a word.
-            first = next(a for a in self._coco_api.dataset["annotations"] if a["category_id"] in unknown)
-            raise AnnotationError(
-                f"{MetadataCatalog.get(dataset_name).json_file}: annotation {first.get('id')} of image "
-                f"{first['image_id']!r} is of category id {first['category_id']}, which the file does not define"
+        if path:
+            check_instances(path, self._coco_api.dataset, evaluated=True)
+        if 0 in self._coco_api.anns:
+            # COCOeval marks what is matched by the annotation's id.
+            logger.warning(
+                "%s: annotation 0 of image %r counts as never found, as pycocotools takes its id for none. Number "
+                "annotations from 1",
+                path,
+                self._coco_api.anns[0]["image_id"],
             )
         metadata = MetadataCatalog.get(dataset_name)
         mapping = metadata.get("thing_dataset_id_to_contiguous_id")

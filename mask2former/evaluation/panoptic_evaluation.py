@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 from torch import Tensor
 
+from ..data.annotations import check_panoptic, undrawn
 from ..data.errors import AnnotationError, naming, read_json
 from .overlapped import HostCopies, PerImageMixin
 from .panoptic_quality import PQStat, check_all_predicted, match_segments, panoptic_png, read_panoptic_png
@@ -58,6 +59,7 @@ class PanopticEvaluator(PerImageMixin, DatasetEvaluator):
             )
         self._gt = read_json(path)
         self._categories = {c["id"]: c for c in self._gt["categories"]}
+        check_panoptic(path, self._gt.get("annotations", []))
         # The files of a test split name images only.
         self._annotations = {a["image_id"]: a for a in self._gt.get("annotations", [])}
         for image_id, annotation in self._annotations.items():
@@ -177,6 +179,11 @@ class PanopticEvaluator(PerImageMixin, DatasetEvaluator):
             raise AnnotationError(
                 f"{path} (image_id {image_id!r}) is {gt_ids.shape[0]}x{gt_ids.shape[1]} (height x width), the prediction "
                 f"for its image {ids.shape[0]}x{ids.shape[1]}"
+            )
+        if missing := undrawn(gt_ids, annotation["segments_info"]):
+            raise AnnotationError(
+                f"{path} (image_id {image_id!r}) has no pixel of the segments {missing[:5]} that "
+                f"{self._metadata.panoptic_json} lists; allowed: ids of the map, or an area of 0"
             )
         return match_segments(gt_ids, annotation["segments_info"], ids, segments, self._categories, image_id)
 

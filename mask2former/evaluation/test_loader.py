@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, MapDataset, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, DatasetMapper, MapDataset
 from detectron2.data.samplers import InferenceSampler
 from torch.utils.data import BatchSampler, DataLoader
 
 from ..data.errors import AnnotationError, naming
+from ..data.records import load_records
 from ..data.workers import worker_context
 
 
@@ -33,7 +34,7 @@ def build_test_loader(
     batch_size = cfg.TEST.BATCH_SIZE
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"TEST.BATCH_SIZE must be a positive integer, got {batch_size!r}")
-    records = get_detection_dataset_dicts([dataset_name], filter_empty=False)
+    records = load_records([dataset_name], filter_empty=False)
     if mapper is None:
         mapper = DatasetMapper(cfg, False)
         # It would read and resize the semantic maps, which the evaluators read themselves.

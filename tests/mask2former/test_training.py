@@ -15,6 +15,7 @@ from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -400,6 +401,17 @@ def test_diverged_training_stops_with_a_reason(root, tmp_path):
     with pytest.raises(FloatingPointError, match=r"training has diverged\. Lower SOLVER.BASE_LR"):
         trainer.train()
     assert not list(tmp_path.glob("*.pth"))
+
+
+def test_losses_that_diverge_stop_the_training_too():
+    """Where predictions were finite."""
+    model = OneLoss()
+    step = TrainStep(model, Counted(2), torch.optim.SGD(model.parameters(), 0.1), amp=False, max_iter=3)
+    model.weight.data.fill_(float("inf"))
+    step.iter = 0
+    reason = r"losses are NaN or infinite \(.*'loss': .*inf.*training has diverged\. Lower SOLVER.BASE_LR"
+    with EventStorage(0), pytest.raises(FloatingPointError, match=reason):
+        step.run_step()
 
 
 @pytest.mark.slow

@@ -5,16 +5,20 @@ from __future__ import annotations
 import ast
 import csv
 import importlib.util
+import json
 from pathlib import Path
 
 import ledger_evaluation
 import ledger_markdown
 import pytest
+from detectron2.data import MetadataCatalog
 from ledger_evaluation import engine_cfg, images_outside, metric_columns
 from ledger_images import ImageTables
 from measurements import read_rows
+from PIL import Image
 
 from mask2former import get_mask2former_cfg
+from mask2former.data.datasets.catalog import load_panoptic
 from mask2former.data.datasets.shapes import register_shapes
 from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
 from mask2former.data.errors import AnnotationError
@@ -361,6 +365,29 @@ def test_long_images_are_outside_of_a_derived_range():
     assert images_outside(cfg, [(800, 1333)], records[::2], 32) == ""
     message = images_outside(cfg, [(800, 1333)], records, 32)
     assert "1344x160" in message and "['256x160', '800x1088', '1344x1344']" in message
+
+
+def test_long_images_of_coco_are_outside_too(tmp_path):
+    """Of the data set that MODEL_ZOO.md's command for COCO names, read as it is."""
+    for folder, name in (("images", "a.jpg"), ("panoptic", "a.png"), ("labels", "a.png")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (640, 100)).save(tmp_path / folder / name)
+    annotation = {"image_id": 1, "file_name": "a.png", "segments_info": []}
+    images = [{"id": 1, "height": 100, "width": 640}]
+    (tmp_path / "panoptic.json").write_text(json.dumps({"images": images, "annotations": [annotation]}))
+    metadata = MetadataCatalog.get("coco_2017_val_panoptic_with_sem_seg")
+    records = load_panoptic(
+        "long",
+        image_root=str(tmp_path / "images"),
+        panoptic_root=str(tmp_path / "panoptic"),
+        panoptic_json=str(tmp_path / "panoptic.json"),
+        sem_seg_root=str(tmp_path / "labels"),
+        metadata=metadata.as_dict(),
+    )
+    cfg = engine_cfg(get_mask2former_cfg(REPO / CONFIG, []), [(800, 1333)], [1])
+    assert "such as 224x1344, are outside the engine's range" in images_outside(
+        cfg, [(800, 1333)], records, 32
+    )
 
 
 def test_row_is_written_where_its_single_images_fail(run, monkeypatch, capsys):

@@ -432,6 +432,86 @@ def test_damaged_image_ends_in_one_message(train_net, tmp_path, monkeypatch, cap
     assert not (tmp_path / "out" / "inference" / "results.json").exists()
 
 
+@pytest.fixture
+def quick(train_net, tmp_path, monkeypatch):
+    """A command of one drawn image each, with small sizes: runs it, and tells its status."""
+    monkeypatch.chdir(REPO_ROOT)
+    prefix = f"quick_{tmp_path.name}"
+    make_shapes_dataset(tmp_path / "shapes", ShapesOptions(train=1, val=1, min_size=48, max_size=64))
+    register_shapes(str(tmp_path / "shapes"), prefix)
+    words = [*TRAIN, "OUTPUT_DIR", str(tmp_path / "out"), "DATALOADER.NUM_WORKERS", "0"]
+    words += [
+        "DATASETS.TRAIN",
+        f"('{prefix}_train_panoptic',)",
+        "DATASETS.TEST",
+        f"('{prefix}_val_panoptic',)",
+    ]
+    words += ["SOLVER.IMS_PER_BATCH", "1", "INPUT.IMAGE_SIZE", "64", "INPUT.MIN_SIZE_TEST", "64"]
+    words += ["SOLVER.STEPS", "()", "MODEL.MASK_FORMER.TRAIN_NUM_POINTS", "64", "TEST.EVAL_PERIOD", "0"]
+
+    def quick(flags: list[str], *opts: str) -> int:
+        return train_net.run([*flags, *words, *opts])
+
+    return quick
+
+
+@pytest.mark.parametrize(
+    "what, kind, change, message",
+    [
+        (
+            "train",
+            "panoptic",
+            lambda c: c["annotations"][0]["segments_info"][0].update(id=None),
+            "its id is null",
+        ),
+        ("val", "panoptic", lambda c: c["annotations"][0]["segments_info"][0].pop("id"), "its id is missing"),
+        (
+            "val",
+            "instances",
+            lambda c: c["annotations"][0].update(segmentation=None),
+            "its segmentation is null",
+        ),
+        ("val", "instances", lambda c: c["annotations"][0].pop("area"), "it has no area"),
+        ("train", "panoptic", lambda c: c["annotations"].clear(), "is empty! Allowed: at least one image"),
+    ],
+)
+def test_bad_annotation_ends_in_one_message(quick, tmp_path, capsys, what, kind, change, message):
+    path = tmp_path / "shapes" / "annotations" / f"{kind}_{what}.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    assert quick([] if what == "train" else ["--eval-only"]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("train_net.py: ") and str(path) in last and message in last
+
+
+def test_checkpoint_that_is_cut_off_ends_in_one_message(quick, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    model = build_model(get_mask2former_cfg(str(REPO_ROOT / CONFIG), ["MODEL.DEVICE", "cpu"]))
+    torch.save({"model": model.state_dict()}, out / "model_0000000.pth")
+    broken = out / "model_0000001.pth"
+    (out / "last_checkpoint").write_text(broken.name)
+    whole = (out / "model_0000000.pth").read_bytes()
+    for size in (0, 5000, len(whole) - 100):
+        broken.write_bytes(whole[:size])
+        assert quick(["--resume"]) == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith(f"train_net.py: the checkpoint {broken} cannot be read (")
+        assert f"(model_0000000.pth) into {out / 'last_checkpoint'}, or remove that file" in last
+    assert quick(["--eval-only"], "MODEL.WEIGHTS", str(broken)) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"the checkpoint {broken} cannot be read (" in last
+
+
+def test_training_that_diverges_ends_in_one_message(quick, tmp_path, capsys):
+    assert quick([], "SOLVER.MAX_ITER", "30", "SOLVER.BASE_LR", "1e12", "SOLVER.WARMUP_ITERS", "0") == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("train_net.py: ")
+    assert "training has diverged. Lower SOLVER.BASE_LR" in last
+    assert not list((tmp_path / "out").glob("*.pth"))
+
+
 def test_process_that_said_what_is_wrong_ends_the_job_without_traceback(train_net, available, monkeypatch):
     def launch(main, num_gpus, **more):
         raise ProcessExitedException("process 1 ended", error_index=1, error_pid=1, exit_code=code)

@@ -36,6 +36,7 @@ class TrainMapper(ABC):
         augmentations: Sequence[T.Augmentation | T.Transform],
         image_format: str,
         size_divisibility: int = -1,
+        num_classes: int | None = None,
     ):
         """
         Args:
@@ -43,6 +44,7 @@ class TrainMapper(ABC):
             augmentations: applied in this order to image and segments.
             image_format: of INPUT.FORMAT.
             size_divisibility: side of the square that images are padded to at the right and the bottom, or -1.
+            num_classes: of MODEL.SEM_SEG_HEAD.NUM_CLASSES; None for any number.
         """
         if not is_train:
             raise ValueError(
@@ -51,6 +53,7 @@ class TrainMapper(ABC):
         self.augmentations = T.AugmentationList(list(augmentations))
         self.image_format = image_format
         self.size_divisibility = size_divisibility
+        self.num_classes = num_classes
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -59,6 +62,7 @@ class TrainMapper(ABC):
             "augmentations": cls.build_augmentations(cfg),
             "image_format": cfg.INPUT.FORMAT,
             "size_divisibility": cfg.INPUT.SIZE_DIVISIBILITY,
+            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
         }
 
     @staticmethod
@@ -81,7 +85,7 @@ class TrainMapper(ABC):
             int64 and gt_masks (N, H, W) bool.
 
         Raises:
-            ValueError: annotations that are missing or damaged.
+            ValueError: annotations that are missing or damaged, or of classes that the model does not have.
             detectron2's SizeMismatchError: the image is not of the size that the record says.
         """
         result = {key: value for key, value in record.items() if key not in _ANNOTATION_KEYS}
@@ -90,6 +94,7 @@ class TrainMapper(ABC):
         inputs = T.AugInput(image, sem_seg=self._semantic_map(record, image.shape[:2]))
         transforms = self.augmentations(inputs)
         classes, masks = self._segments(record, image.shape[:2], transforms, inputs)
+        self._check_classes(record, classes)
         # The array may be a view that runs backwards.
         image = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
         result["image"], masks = self._pad(image, masks)
@@ -117,6 +122,23 @@ class TrainMapper(ABC):
         Returns:
             contiguous class ids (N) and masks (N, H, W) bool.
         """
+
+    def _check_classes(self, record: dict, classes: Sequence[int]) -> None:
+        if self.num_classes is None:
+            return
+        wrong = sorted({int(c) for c in classes if not 0 <= c < self.num_classes})
+        if wrong:
+            source = next(
+                (record[k] for k in ("sem_seg_file_name", "pan_seg_file_name") if k in record), None
+            )
+            raise ValueError(
+                f"its segments are of the classes {wrong[:5]}{f' ({source})' if source else ''}; allowed: 0 .. "
+                f"{self.num_classes - 1}{self._unlabelled()}, from MODEL.SEM_SEG_HEAD.NUM_CLASSES {self.num_classes}"
+            )
+
+    def _unlabelled(self) -> str:
+        """What stands for no class, for messages."""
+        return ""
 
     def _pad(self, image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         side = self.size_divisibility

@@ -9,6 +9,7 @@ import torch
 from detectron2.data import transforms as T
 from pycocotools import mask as mask_util
 
+from ..annotations import check_run_length_code, polygon_points
 from .base import LargeScaleJitterMapper, TrainMapper, resize_and_crop
 
 
@@ -25,18 +26,15 @@ def transform_mask(
         (new height, new width) bool.
 
     Raises:
-        ValueError: a segmentation of another kind, of another size, or with polygons of less than three points.
+        ValueError: a segmentation of another kind, of another size, with polygons of less than three points, or with runs
+            that do not cover the image.
     """
     if isinstance(segmentation, list):
         if not segmentation:
             raise ValueError("a segmentation has no polygon")
         polygons = []
         for polygon in segmentation:
-            points = np.asarray(polygon, dtype=np.float64)
-            if points.ndim != 1 or points.size < 6 or points.size % 2 or not np.isfinite(points).all():
-                raise ValueError(
-                    f"a polygon is {str(polygon)[:80]}; expected x, y of at least three points, six finite numbers or more"
-                )
+            points = polygon_points(polygon)
             moved = transforms.apply_coords(points.reshape(-1, 2).copy())
             polygons.append(clip_polygon(moved, new_size).reshape(-1).tolist())
         polygons = [polygon for polygon in polygons if len(polygon) >= 6]
@@ -45,10 +43,7 @@ def transform_mask(
         codes = mask_util.frPyObjects(polygons, *new_size)
         return mask_util.decode(mask_util.merge(codes)).astype(bool)
     if isinstance(segmentation, dict):
-        if tuple(segmentation["size"]) != tuple(size):
-            raise ValueError(
-                f"a run-length code is of size {tuple(segmentation['size'])}, the image {tuple(size)} (height, width)"
-            )
+        check_run_length_code(segmentation, size)
         if isinstance(segmentation["counts"], list):
             segmentation = mask_util.frPyObjects(segmentation, *size)
         mask = mask_util.decode(segmentation)
@@ -105,14 +100,20 @@ class _InstanceMapper(TrainMapper):
             )
         new_size = inputs.image.shape[:2]
         classes, masks = [], []
-        for annotation in record["annotations"]:
+        for place, annotation in enumerate(record["annotations"]):
             if annotation.get("iscrowd", 0):
                 continue
             if "segmentation" not in annotation:
                 raise ValueError(
-                    f"an annotation of category {annotation.get('category_id')} has no segmentation; boxes alone do not do"
+                    f"annotation {place} of category {annotation.get('category_id')} has no segmentation; allowed: "
+                    "polygons or a run-length code, boxes alone do not do"
                 )
-            mask = transform_mask(annotation["segmentation"], size, transforms, new_size)
+            try:
+                mask = transform_mask(annotation["segmentation"], size, transforms, new_size)
+            except ValueError as error:
+                raise ValueError(
+                    f"annotation {place} of the image (category {annotation.get('category_id')}): {error}"
+                ) from error
             if self.keep_empty or mask.any():
                 classes.append(annotation["category_id"])
                 masks.append(mask)

@@ -7,6 +7,7 @@ import torch
 from detectron2.data import detection_utils
 
 from ...evaluation.panoptic_quality import rgb_to_ids
+from ..annotations import check_segment, undrawn
 from .base import LargeScaleJitterMapper, TrainMapper, category_crop, read_semantic_map, resize_and_crop
 
 
@@ -24,10 +25,20 @@ class _PanopticMapper(TrainMapper):
                 f"image {size[0]}x{size[1]}"
             )
         ids = rgb_to_ids(transforms.apply_segmentation(rgb))  # (H, W)
+        seen: set[int] = set()
+        for place, segment in enumerate(record["segments_info"]):
+            check_segment(segment, place, seen)
         segments = [s for s in record["segments_info"] if not s.get("iscrowd", 0)]
         wanted = np.array([s["id"] for s in segments], dtype=ids.dtype)
+        masks = ids[None] == wanted[:, None, None]
         # As in the release, a segment that the crop removed stays, with an empty mask.
-        return [s["category_id"] for s in segments], torch.from_numpy(ids[None] == wanted[:, None, None])
+        empty = [s for s, drawn in zip(segments, masks.any((1, 2))) if not drawn]
+        if empty and (missing := undrawn(rgb_to_ids(rgb), empty)):
+            raise ValueError(
+                f"the panoptic map {record['pan_seg_file_name']} has no pixel of the segments {missing[:5]}; allowed: ids "
+                "of the map, or an area of 0"
+            )
+        return [s["category_id"] for s in segments], torch.from_numpy(masks)
 
 
 class MaskFormerPanopticDatasetMapper(_PanopticMapper):

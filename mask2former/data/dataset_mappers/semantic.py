@@ -41,6 +41,9 @@ class MaskFormerSemanticDatasetMapper(TrainMapper):
     def build_augmentations(cfg):
         return resize_and_crop(cfg, category_crop(cfg))
 
+    def _unlabelled(self):
+        return f" and {self.ignore_label} for none"
+
     def _semantic_map(self, record, size):
         return read_semantic_map(record, size)
 

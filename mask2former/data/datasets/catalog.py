@@ -4,10 +4,12 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from importlib import resources
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from ..annotations import check_panoptic
 from ..errors import AnnotationError, read_json
 
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
@@ -131,7 +133,7 @@ def load_panoptic(
 
     Returns:
         One dict an image: file_name, image_id, pan_seg_file_name, sem_seg_file_name, and segments_info, whose
-        category_id is contiguous and which has "isthing".
+        category_id is contiguous and which has "isthing"; height and width where the JSON tells the image's.
 
     Raises:
         FileNotFoundError: a folder, the JSON, or a file of the first annotation is missing.
@@ -139,9 +141,11 @@ def load_panoptic(
         AnnotationError: it is damaged, or has a category that the data set does not define.
     """
     require_paths(name, [image_root, panoptic_root, panoptic_json, sem_seg_root])
-    annotations = read_json(panoptic_json).get("annotations")
+    content = read_json(panoptic_json)
+    annotations = content.get("annotations")
     if not annotations:
         raise ValueError(f"Data set '{name}': {panoptic_json} lists no annotations.")
+    check_panoptic(panoptic_json, annotations)
 
     things = metadata["thing_dataset_id_to_contiguous_id"]
     contiguous = {**metadata["stuff_dataset_id_to_contiguous_id"], **things}
@@ -155,20 +159,16 @@ def load_panoptic(
             )
         return {**segment, "category_id": contiguous[category], "isthing": category in things}
 
+    sizes = _image_sizes(content.get("images"), image_id)
     records = []
     for annotation in annotations:
-        lacking = [key for key in ("file_name", "image_id", "segments_info") if key not in annotation]
-        if lacking:
-            raise AnnotationError(
-                f"Data set '{name}': the annotation of image {annotation.get('image_id')!r} in {panoptic_json} has no "
-                f"{' and no '.join(lacking)}."
-            )
         png = annotation["file_name"]
         records.append(
             {
                 # The annotation names its own PNG; the image has the same stem and is a JPEG in all of these.
                 "file_name": os.path.join(image_root, os.path.splitext(png)[0] + ".jpg"),
                 "image_id": image_id(annotation["image_id"]),
+                **sizes.get(image_id(annotation["image_id"]), {}),
                 "pan_seg_file_name": os.path.join(panoptic_root, png),
                 "sem_seg_file_name": os.path.join(sem_seg_root, png),
                 "segments_info": [convert(segment, png) for segment in annotation["segments_info"]],
@@ -177,6 +177,20 @@ def load_panoptic(
     # One image is enough to notice a wrong folder; checking all would be slow on network disks.
     require_paths(name, [records[0][key] for key in ("file_name", "pan_seg_file_name", "sem_seg_file_name")])
     return records
+
+
+def _image_sizes(images: list[dict] | None, image_id: Callable) -> dict[Any, dict[str, int]]:
+    """{"height", "width"} by image id; without the images that do not tell both.
+
+    Args:
+        image_id: converts the JSON's ids.
+    """
+    keys = ("height", "width")
+    return {
+        image_id(image["id"]): {key: image[key] for key in keys}
+        for image in images or ()
+        if "id" in image and all(isinstance(image.get(key), int) for key in keys)
+    }
 
 
 def register_panoptic(

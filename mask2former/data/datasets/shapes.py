@@ -17,6 +17,7 @@ from typing import Any
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
+from ..annotations import check_panoptic
 from ..errors import AnnotationError, read_json
 from .catalog import datasets_root, register
 from .shapes_files import SPLITS
@@ -110,6 +111,7 @@ def _missing(root: str, path: str) -> FileNotFoundError:
 def _load_panoptic(root: str, paths: dict[str, str]) -> list[dict[str, Any]]:
     contiguous = {c.dataset_id: c for c in CATEGORIES}
     content = _read_json(root, paths["panoptic_json"])
+    check_panoptic(paths["panoptic_json"], content.get("annotations"))
     images = {image["id"]: image for image in content["images"]}
     records = []
     for annotation in content["annotations"]:

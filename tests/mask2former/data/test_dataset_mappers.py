@@ -174,6 +174,61 @@ def test_large_scale_jitter_covers_its_scales():
     assert min(widths) < 32 and max(widths) == 64
 
 
+@pytest.fixture
+def lopsided(tmp_path) -> tuple[dict, np.ndarray, np.ndarray]:
+    """A record for every mapper, its image (64, 64, 3), and the mask (64, 64) of its segment, neither of them symmetric."""
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[5:20, 3:40] = 1
+    Image.fromarray(image).save(tmp_path / "image.png")
+    Image.fromarray(np.where(mask, 2, 255).astype(np.uint8)).save(tmp_path / "labels.png")
+    Image.fromarray(np.stack([7 * mask, 0 * mask, 0 * mask], 2)).save(tmp_path / "panoptic.png")
+    record = {
+        "file_name": str(tmp_path / "image.png"),
+        "sem_seg_file_name": str(tmp_path / "labels.png"),
+        "pan_seg_file_name": str(tmp_path / "panoptic.png"),
+        "segments_info": [{"id": 7, "category_id": 2}],
+        "annotations": [{"category_id": 2, "segmentation": mask_util.encode(np.asfortranarray(mask))}],
+    }
+    return record, image, mask.astype(bool)
+
+
+@pytest.mark.parametrize(
+    "name, flip",
+    [
+        *(
+            (name, flip)
+            for name in ("coco_panoptic_lsj", "coco_instance_lsj")
+            for flip in ("horizontal", "vertical")
+        ),
+        *((name, "none") for name in ("coco_panoptic_lsj", "coco_instance_lsj")),
+        *((name, "horizontal") for name in MAPPERS if not name.endswith("lsj")),
+    ],
+)
+def test_half_of_the_images_are_flipped_with_their_masks(lopsided, name, flip):
+    record, image, mask = lopsided
+    mapper = build_train_mapper(
+        cfg_of(
+            *(name, "INPUT.RANDOM_FLIP", flip, "INPUT.CROP.ENABLED", False, "INPUT.COLOR_AUG_SSD", False),
+            # One scale, so that each pixel stays what it is.
+            *("INPUT.IMAGE_SIZE", 64, "INPUT.MIN_SCALE", 1.0, "INPUT.MAX_SCALE", 1.0),
+            *("INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.MAX_SIZE_TRAIN", 64, "INPUT.FORMAT", "RGB"),
+        )
+    )
+    axis = 0 if flip == "vertical" else 1
+    flipped = 0
+    for number in range(40):
+        seed(number)
+        result = mapper(record)
+        got, (got_mask,) = result["image"].permute(1, 2, 0).numpy(), result["instances"].gt_masks.numpy()
+        turned = not np.array_equal(got, image)
+        flipped += turned
+        np.testing.assert_array_equal(got, np.flip(image, axis) if turned else image)
+        np.testing.assert_array_equal(got_mask, np.flip(mask, axis) if turned else mask)
+    # Forty coins: fewer than ten or more than thirty heads come once in a thousand times, and these seeds are fixed.
+    assert flipped == 0 if flip == "none" else 10 <= flipped <= 30
+
+
 @pytest.mark.parametrize("flip, message", [("diagonal", "INPUT.RANDOM_FLIP is 'diagonal'"), ("none", "")])
 def test_flip_is_checked(flip, message):
     cfg = cfg_of("coco_panoptic_lsj", "INPUT.RANDOM_FLIP", flip)
@@ -288,6 +343,43 @@ def test_polygons_move_as_masks_do():
         assert moved.shape == expected.shape == new_size
         assert (moved != expected).sum() <= 12 < expected.sum() / 10, "other than single pixels of the edge"
     assert polygons == [star((40, 30), 25)], "the annotation was changed"
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [1, 2],  # the rest would be what the memory held
+        [1, 100 * 90],
+        [-1, 100 * 90 + 1],
+        [10.5, 100 * 90 - 10.5],
+        ["10", 100 * 90 - 10],
+        None,
+        b"zzzzzzzzzz",
+        "1",
+        "\u00e4",
+        "",
+    ],
+)
+def test_run_lengths_that_do_not_cover_the_image_are_refused(counts):
+    size = (100, 90)
+    with pytest.raises(
+        ValueError, match=r"counts .*allowed: whole numbers from 0 that sum to the 100 x 90 = 9000"
+    ):
+        transform_mask({"size": list(size), "counts": counts}, size, NONE, size)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 1.0])
+def test_run_lengths_are_read_as_pycocotools_writes_them(share):
+    for number, size in enumerate([(1, 1), (60, 80), (700, 900)]):
+        mask = np.random.default_rng(number).random(size) < share
+        code = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+        text = code["counts"].decode("ascii")
+        for counts in (code["counts"], text, _runs(mask)):
+            got = transform_mask({"size": list(size), "counts": counts}, size, NONE, size)
+            np.testing.assert_array_equal(got, mask)
+        # One character less is another number, or half of one.
+        with pytest.raises(ValueError, match="allowed: whole numbers"):
+            transform_mask({"size": list(size), "counts": text[:-1]}, size, NONE, size)
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,21 @@ def test_coco_records(catalog):
     ]
 
 
+def test_sizes_are_those_of_the_json(catalog):
+    """Who asks which sizes come, as the ledger before it builds an engine, need not open the images."""
+    write_coco(catalog)
+    path = catalog / "coco/annotations/panoptic_val2017.json"
+    content = json.loads(path.read_text())
+    other = {**content["annotations"][0], "image_id": 140, "file_name": "000000000140.png"}
+    content["annotations"].append(other)
+    content["images"] = [{"id": 140, "height": 7}, {"id": 139, "height": 3, "width": 4, "license": 1}]
+    path.write_text(json.dumps(content))
+    register_all(catalog)
+    first, second = DatasetCatalog.get("coco_2017_val_panoptic_with_sem_seg")
+    assert (first["height"], first["width"]) == (3, 4) and "license" not in first
+    assert "height" not in second and "width" not in second
+
+
 def test_ade20k_and_mapillary_records(catalog):
     ade = "ADEChallengeData2016"
     write_panoptic(

@@ -253,7 +253,9 @@ def test_image_without_segments_and_image_that_is_all_void_come_through(tmp_path
     record = DatasetCatalog.get(f"{PREFIX}_train_panoptic")[0]
     Image.new("RGB", (record["width"], record["height"])).save(tmp_path / "void.png")
     empty = {**record, "segments_info": []}
-    void = {**record, "pan_seg_file_name": str(tmp_path / "void.png")}
+    # Segments without a pixel have to say so, or the map is taken for another image's.
+    segments = [{**segment, "area": 0} for segment in record["segments_info"]]
+    void = {**record, "pan_seg_file_name": str(tmp_path / "void.png"), "segments_info": segments}
     DatasetCatalog.register(f"{PREFIX}_empty", lambda: [empty, void])
     (batch,) = batches(
         build_train_loader(make_cfg("DATASETS.TRAIN", (f"{PREFIX}_empty",), "SOLVER.IMS_PER_BATCH", 2)), 1

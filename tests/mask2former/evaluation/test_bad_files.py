@@ -132,6 +132,127 @@ def _unknown_category(root, kind):
     path.write_text(json.dumps(content))
 
 
+def _edit(root, kind, change) -> None:
+    path = root / "annotations" / f"{kind}_val.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def _change_segment(**changes):
+    def change(content):
+        content["annotations"][1]["segments_info"][0].update(changes)
+
+    return "panoptic", change
+
+
+def _change_instance(**changes):
+    """Of the first annotation of the second image; a value that is a function is asked for the image's value."""
+
+    def change(content):
+        image = next(i for i in content["images"] if i["id"] == 1000002)
+        annotation = next(a for a in content["annotations"] if a["image_id"] == 1000002)
+        for key, value in changes.items():
+            annotation[key] = value(image) if callable(value) else value
+
+    return "instances", change
+
+
+def _drop(kind, key):
+    def change(content):
+        annotation = next(a for a in content["annotations"] if a["image_id"] == 1000002)
+        (annotation["segments_info"][0] if kind == "panoptic" else annotation).pop(key)
+
+    return kind, change
+
+
+def _counts(*counts):
+    return lambda image: {"size": [image["height"], image["width"]], "counts": list(counts)}
+
+
+SEGMENT = r"panoptic_val.json: image 1000002 \(1000002.png\): segment 0 \(.*\): "
+INSTANCE = r"instances_val.json: annotation \d+ of image 1000002 \(1000002.png\): "
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (_change_segment(id=None), SEGMENT + r"its id is null; allowed: a whole number, 0 \.\. 16777215"),
+        (_drop("panoptic", "id"), SEGMENT + "its id is missing; allowed"),
+        (_drop("panoptic", "category_id"), SEGMENT + "its category_id is missing; allowed"),
+        (_change_segment(area="wide"), SEGMENT + "its area is 'wide'; allowed"),
+        (
+            _change_segment(id=16_000_000),
+            r"panoptic/1000002.png \(image_id 1000002\) has no pixel of the segments \[16000000\] .*panoptic_val.json lists",
+        ),
+        (_change_instance(segmentation=None), INSTANCE + "its segmentation is null; allowed: polygons"),
+        (_change_instance(segmentation=[]), INSTANCE + r"its segmentation is \[\]; allowed: polygons"),
+        (_change_instance(segmentation=[[1, 2, 3, 4]]), INSTANCE + r"a polygon is \[1, 2, 3, 4\]; expected"),
+        (_change_instance(segmentation=[[1, 2]]), INSTANCE + r"a polygon is \[1, 2\]; expected"),
+        (
+            _change_instance(segmentation=_counts(1, 2)),
+            INSTANCE + "a run-length code .*; allowed: whole numbers",
+        ),
+        (
+            _change_instance(segmentation=_counts(-1, 9)),
+            INSTANCE + "a run-length code .*; allowed: whole numbers",
+        ),
+        (_change_instance(area=None), INSTANCE + "it has no area, which AP"),
+        (_change_instance(area=-1), INSTANCE + "its area is -1; allowed: a number from 0"),
+        (_change_instance(bbox=[1, 2]), INSTANCE + r"its bbox is \[1, 2\]; allowed"),
+        (_change_instance(iscrowd=2), INSTANCE + "its iscrowd is 2; allowed: 0 or 1"),
+        *(
+            (_drop("instances", key), INSTANCE + f"it has no {key}, which AP")
+            for key in ("area", "bbox", "iscrowd")
+        ),
+        (
+            _drop("instances", "id"),
+            "instances_val.json: annotation without an id, .* of image 1000002 .*it has no id",
+        ),
+        (
+            ("instances", lambda c: [a.update(id=1) for a in c["annotations"]]),
+            r"instances_val.json: annotation 1 of image \d+ .*another annotation has this id",
+        ),
+        (("instances", lambda c: c.pop("images")), "instances_val.json has no list of images"),
+    ],
+)
+def test_annotations_that_cannot_be_compared_are_named(good_root, tmp_path, damage, message):
+    root = tmp_path / "shapes"
+    shutil.copytree(good_root, root)
+    _edit(root, *damage)
+    prefix = f"badannotation_{tmp_path.name}"
+    register_shapes(str(root), prefix)
+    with pytest.raises(AnnotationError, match=message):
+        evaluate_model(make_cfg(prefix, tmp_path / "out"), OneSquare().eval())
+    assert not (tmp_path / "out" / "inference" / "results.json").exists()
+
+
+def test_line_beside_a_polygon_is_evaluated_as_pycocotools_does(good_root, tmp_path):
+    root = tmp_path / "shapes"
+    shutil.copytree(good_root, root)
+    square = [0, 0, 20, 0, 20, 20, 0, 20]
+    _edit(
+        root,
+        *_change_instance(
+            segmentation=[square, [0, 0, 20, 0]], bbox=[0, 0, 20, 20], area=400, category_id=12
+        ),
+    )
+    register_shapes(str(root), "fournumbers")
+    results = evaluate_model(make_cfg("fournumbers", tmp_path / "out"), OneSquare().eval())
+    assert results["segm"]["AP"] > 0
+
+
+def test_annotation_that_pycocotools_does_not_count_is_told(good_root, tmp_path, caplog):
+    root = tmp_path / "shapes"
+    shutil.copytree(good_root, root)
+    _edit(root, *_change_instance(id=0))
+    register_shapes(str(root), "idzero")
+    with caplog.at_level("WARNING", "mask2former"):
+        evaluate_model(make_cfg("idzero", tmp_path / "out"), OneSquare().eval())
+    (told,) = [r.getMessage() for r in caplog.records if "Number annotations from 1" in r.getMessage()]
+    assert "instances_val.json: annotation 0 of image 1000002 counts as never found" in told
+
+
 def _half_json(root, kind):
     path = root / "annotations" / f"{kind}_val.json"
     path.write_text(path.read_text()[:200])
@@ -165,7 +286,7 @@ def _half_json(root, kind):
         (
             _unknown_category,
             "instances",
-            r"instances_val.json: annotation \d+ of image \d+ is of category id \d+, which",
+            r"instances_val.json: annotation \d+ of image \d+ \(\d+.png\) is of category id \d+, which",
         ),
         (_half_json, "instances", r"instances_val.json is no valid JSON"),
     ],
@@ -207,20 +328,52 @@ def test_damaged_semantic_map_is_named(good_root, tmp_path, damage, message):
         evaluate_model(cfg, OneSquare().eval())
 
 
-def test_image_without_segments_is_evaluated(good_root, tmp_path):
+def _only_squares(root: Path, without: str) -> None:
+    """Truth that `OneSquare` sees, but in the second image, which has no segments.
+
+    Args:
+        without: what the panoptic map of that image shows instead: "void", or "unlisted", a segment that nothing tells of.
+    """
+    square = {"category_id": 12, "iscrowd": 0, "area": 400, "bbox": [0, 0, 20, 20]}
+
+    def panoptic(content):
+        for annotation in content["annotations"]:
+            path = root / "val" / "panoptic" / annotation["file_name"]
+            with Image.open(path) as image:
+                drawn = Image.new("RGB", image.size)
+            empty = annotation["image_id"] == 1000002
+            if not empty or without == "unlisted":
+                drawn.paste((7, 0, 0), (0, 0, 20, 20))
+            drawn.save(path)
+            annotation["segments_info"] = [] if empty else [{**square, "id": 7}]
+
+    def instances(content):
+        polygon = [[0, 0, 20, 0, 20, 20, 0, 20]]
+        content["annotations"] = [
+            {**square, "id": i, "image_id": image["id"], "segmentation": polygon}
+            for i, image in enumerate(content["images"], start=1)
+            if image["id"] != 1000002
+        ]
+
+    _edit(root, "panoptic", panoptic)
+    _edit(root, "instances", instances)
+
+
+@pytest.mark.parametrize("without", ["void", "unlisted"])
+def test_image_without_segments_is_evaluated(good_root, tmp_path, without):
+    """A prediction in it is a false positive; of PQ it is none where the map is void there."""
     root = tmp_path / "shapes"
     shutil.copytree(good_root, root)
-    for kind in ("panoptic", "instances"):
-        path = root / "annotations" / f"{kind}_val.json"
-        content = json.loads(path.read_text())
-        if kind == "panoptic":
-            content["annotations"][1]["segments_info"] = []
-        else:
-            content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 1000002]
-        path.write_text(json.dumps(content))
-    register_shapes(str(root), "nosegments")
-    results = evaluate_model(make_cfg("nosegments", tmp_path / "out"), OneSquare().eval())
-    assert set(results) == {"panoptic_seg", "bbox", "segm", "sem_seg"}
+    _only_squares(root, without)
+    register_shapes(str(root), f"nosegments_{without}")
+    results = evaluate_model(make_cfg(f"nosegments_{without}", tmp_path / "out"), OneSquare().eval())
+    false = int(without == "unlisted")
+    assert results["panoptic_seg"]["PQ"] == pytest.approx(100 * 3 / (3 + 0.5 * false))
+    assert results["panoptic_seg"]["SQ"] == pytest.approx(100)
+    # Four predictions of one score in the images' order, the second of them false, at 101 recalls.
+    precision = [1.0 if recall <= 1 / 3 else 0.75 for recall in (i / 100 for i in range(101))]
+    for task in ("segm", "bbox"):
+        assert results[task]["AP50"] == pytest.approx(100 * sum(precision) / 101)
 
 
 def _killed_evaluation(rank: int, root: str, output: str, when: str) -> None:
