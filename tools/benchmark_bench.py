@@ -48,7 +48,7 @@ class LocalBench:
         self._timer = Timer(device)
         self.cfg = build_cfg(args, device)
         members = [(backend, precision) for backend in self._backends() for precision in args.precision]
-        self.subject = Subject(self.cfg, args.implementation, args.stream_images)
+        self.subject = Subject(self.cfg, args.implementation, args.stream_images, args.kept_queries)
         self._cases: dict[int, Any] = {}
         self._members = []
         for backend, precision in members:
@@ -196,6 +196,8 @@ class LocalBench:
             "instances": len(results[0]["instances"]) if "instances" in results[0] else "",
             "postprocess_mb": round((_nbytes(_logits_and_masks(outputs)) + _nbytes(results)) / 1e6, 3),
         }
+        if columns["segments"] == 0:
+            columns["note"] = "no segments: post-processing had little to do"
         if not self.subject.release:
             from benchmark_backends import agreement, engine_columns
 
@@ -203,7 +205,8 @@ class LocalBench:
             if member.columns["backend"] == "tensorrt":
                 columns.update(engine_columns(member.backend.describe(), batch, *images.shape[-2:]))
             elif member.columns["backend"] == "compile":
-                columns["note"] = f"{member.backend.describe()['graph_breaks']} graph breaks"
+                breaks = f"{member.backend.describe()['graph_breaks']} graph breaks"
+                columns["note"] = joined_notes(columns.get("note"), breaks)
         return columns, stages
 
     def _reference_outputs(self, case: int, batch: int, images: torch.Tensor):
@@ -273,6 +276,10 @@ def _first_lines(error: Exception) -> str:
 def _logits_and_masks(outputs: Any) -> tuple:
     """The two of the last layer: the release's outputs hold the earlier layers' too."""
     return (outputs["pred_logits"], outputs["pred_masks"]) if isinstance(outputs, dict) else tuple(outputs)
+
+
+def joined_notes(*notes: str | None) -> str:
+    return "; ".join(filter(None, notes))
 
 
 def _nbytes(value: Any) -> int:

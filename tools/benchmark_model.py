@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
 from benchmark_timing import Stage
+from benchmark_weights import PICTURE, keep_queries
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.projects.deeplab import add_deeplab_config
@@ -87,10 +89,11 @@ def as_float(picture: np.ndarray) -> torch.Tensor:
 class Subject:
     """One implementation's model, behind the stages that are timed."""
 
-    def __init__(self, cfg, implementation: str, stream_images: int = 100):
+    def __init__(self, cfg, implementation: str, stream_images: int = 100, kept_queries: int = 0):
         """
         Args:
             stream_images: images of one TensorRTPredictor.stream, at least.
+            kept_queries: of random weights, see keep_queries. The release has the weights that it is given.
         """
         torch.manual_seed(0)
         self.release = implementation == "release"
@@ -105,6 +108,13 @@ class Subject:
             # A DefaultPredictor too, whose call is timed as well: one model serves both.
             self.predictor = TensorRTPredictor(cfg)
         self.model = self.predictor.model
+        self.weights = Path(cfg.MODEL.WEIGHTS).name or "random"
+        if kept_queries and not self.release and not cfg.MODEL.WEIGHTS:
+            kept = keep_queries(self.model, kept_queries, as_float(draw_image(PICTURE)))
+            self.weights = f"random, {kept} of {cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES} queries kept"
+        tests = cfg.MODEL.MASK_FORMER.TEST
+        tasks = ("semantic", "instance", "panoptic")
+        self.tasks = "+".join(task for task in tasks if getattr(tests, f"{task.upper()}_ON"))
 
     def use(self, backend) -> None:
         """Run the network by another backend."""

@@ -15,7 +15,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from benchmark_table import FIELDS
+from benchmark_table import FIELDS, LATER
 from measurements import read_rows
 
 _MACHINE = ("gpu", "torch", "config")
@@ -41,7 +41,7 @@ def measured(paths: list[Path]) -> list[dict[str, str]]:
     """
     last: dict[tuple[str, ...], dict[str, str]] = {}
     for path in paths:
-        for row in read_rows(path, FIELDS):
+        for row in read_rows(path, FIELDS, LATER):
             if row["median_ms"] and not row["error"]:
                 identity = (*_MACHINE, *_SERIES, "tensorrt", "image", "padded", "batch", "stage")
                 last[tuple(row[field] for field in identity)] = row

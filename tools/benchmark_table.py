@@ -9,6 +9,8 @@ from typing import Any
 from measurements import MeasurementFile
 
 AGREEMENT = ("logit_error", "mask_error", "sign_agreement", "class_agreement")
+# Columns that files of earlier versions lack: where the weights come from, the tasks that are on, the config's overrides.
+LATER = ("weights", "tasks", "options")
 FIELDS = (
     *("date", "implementation", "gpu", "torch", "cuda", "tensorrt", "detectron2", "python", "config"),
     *("backend", "variant", "precision", "batch", "image", "padded", "output", "stage"),
@@ -17,7 +19,7 @@ FIELDS = (
     *AGREEMENT,
     *("build_s", "cached_start_s", "engine_mib"),
     *("gflop", "moved_mb", "limit_ms", "times_limit", "layers_ms", "times_layers", "tflop_per_s", "gb_per_s"),
-    *("note", "error", "command"),
+    *("note", "error", "command", *LATER),
 )
 _TABLE = ("implementation", "backend", "variant", "precision", "batch", "image", "padded", "stage")
 _TABLE += ("median_ms", "p10_ms", "p90_ms", "images_per_s", "peak_mib", "segments", "instances", *AGREEMENT)
@@ -99,7 +101,7 @@ class Report:
         tensorrt = {f", TensorRT {row['tensorrt']}" for row in self.rows if row.get("tensorrt")}
         print(
             f"{first['config']}, {first['gpu']}, torch {first['torch']}{''.join(sorted(tensorrt))}, "
-            f"detectron2 {first['detectron2']}, {first['date']}"
+            f"detectron2 {first['detectron2']}, {first['date']}, weights: {first.get('weights', '')}"
         )
         for row in self.ceilings:
             speeds = [
