@@ -7,7 +7,9 @@ and have a region of a picture each, the others are sure of "no object", and att
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,8 @@ _RIDGE = 0.1
 def keep_queries(model: nn.Module, count: int, picture: Tensor) -> int:
     """Change a model's random weights so that some queries are kept, each with a region of its own.
 
-    The same for every device: what depends on a picture is computed on the CPU and rounded to eight bits.
+    The same each time, as engines in the cache are found by their weights: what depends on a picture is computed on the
+    CPU, in one thread, and rounded to eight bits. Another kind of CPU may differ in some.
 
     Args:
         model: MaskFormer of random weights.
@@ -47,14 +50,15 @@ def keep_queries(model: nn.Module, count: int, picture: Tensor) -> int:
         _damp(decoder)
         _set_classes(decoder.class_embed, queries[kept], generator)
         _draw_hidden_layers(decoder.mask_embed.layers[:-1], generator)
-        on_cpu = copy.deepcopy(model).to("cpu").float().eval()
-        pixels, hidden = _features(on_cpu, picture)
-        constant, embeddings = _regions(pixels, len(kept))
+        with _one_thread():
+            pixels, hidden = _features(copy.deepcopy(model).to("cpu").eval(), picture)
+            constant, embeddings = _regions(pixels, len(kept))
         # Queries that are not kept have somebody's region, as those of trained models often do.
         owners = torch.randint(len(kept), (len(queries),), generator=generator)
         owners[kept] = torch.arange(len(kept))
         last = decoder.mask_embed.layers[-1]
-        weight, bias = _ridge(hidden, embeddings[owners], ridge=0.01 * _RIDGE)
+        with _one_thread():
+            weight, bias = _ridge(hidden, embeddings[owners], ridge=0.01 * _RIDGE)
         _copy(last.weight, weight)
         _copy(last.bias, bias)
         # Of the mask features, the first is 1 everywhere: it carries what a region's indicator has beside the features.
@@ -62,6 +66,17 @@ def keep_queries(model: nn.Module, count: int, picture: Tensor) -> int:
         conv.weight[0] = 0
         conv.bias[0] = constant
     return len(kept)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums have an order that does not depend on how many threads there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _damp(decoder: nn.Module) -> None:
