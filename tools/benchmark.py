@@ -14,7 +14,8 @@ Stages:
     forward         model(inputs): upload, network, post-processing
     predictor       DefaultPredictor(cfg)(img), which resizes on the CPU (batch 1, --image-size)
     trt_predictor   d2_trt.TensorRTPredictor(cfg)(img), which resizes on the GPU (batch 1, --image-size)
-    stream          TensorRTPredictor(cfg).stream(images, batch_size=batch), from the first image's start to the last's end
+    stream          TensorRTPredictor(cfg).stream(images, batch_size=batch), from the first image's start to the last's end:
+                    of images in memory, and (`stream_files`) of JPEG files of about four bits a pixel, decoding included
     host            the predictors' parts before the network: PIL's resize, the conversion to float32, its upload, the
                     model's preprocess, TensorRTPredictor's upload and resize
     evaluation      model and evaluators over the first data set of DATASETS.TEST: images in memory, and from the data
@@ -32,11 +33,13 @@ class and have a region of it each, for all implementations and backends (tools/
 so, and `segments` and `instances` what came of it; --kept-queries 0 leaves the weights as they are.
 
 Beside the times stand: how far the network's outputs agree with PyTorch's in float32 on the same images (relative error of
-class logits and of mask logits, shares of mask pixels with the same sign and of queries with the same class); GPU memory,
-what a configuration keeps (weights, engine, graphs) plus what a call takes; what the engine took to build; and the distance
-to two floors that follow from the work and from what this GPU reached in a large copy and a large matrix product just before
-(tools/benchmark_work.py says what is counted). Every row goes to a CSV file as soon as it is there; what cannot be
-measured has its reason in it, and ends the run with status 1 after the others. tools/benchmark_plots.py draws the file.
+class logits and of mask logits, shares of mask pixels with the same sign and of queries with the same class); GPU memory;
+what the engine took to build; and the distance to two floors that follow from the work and from what this GPU reached in a
+large copy and a large matrix product just before (tools/benchmark_work.py says what is counted). `resident_mib` is what a
+configuration keeps for a case: PyTorch's weights (`weights_mib`, which are there beside an engine too), engine, scratch
+memory, the graph of that case; `peak_mib` has with it the most that a call takes. There is none where memory was seen to be
+freed by others. Every row goes to a CSV file as soon as it is there; what cannot be measured has its reason in it, and ends
+the run with status 1 after the others. tools/benchmark_plots.py draws the file.
 """
 
 from __future__ import annotations

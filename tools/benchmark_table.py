@@ -10,7 +10,7 @@ from measurements import MeasurementFile
 
 AGREEMENT = ("logit_error", "mask_error", "sign_agreement", "class_agreement")
 # Columns that files of earlier versions lack: where the weights come from, the tasks that are on, the config's overrides.
-LATER = ("weights", "tasks", "options")
+LATER = ("weights", "tasks", "options", "weights_mib")
 FIELDS = (
     *("date", "implementation", "gpu", "torch", "cuda", "tensorrt", "detectron2", "python", "config"),
     *("backend", "variant", "precision", "batch", "image", "padded", "output", "stage"),
