@@ -46,7 +46,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -215,7 +214,7 @@ def run(args: argparse.Namespace, argv: list[str]):
     """Time everything that was asked for; returns the Report."""
     from benchmark_bench import LocalBench
     from benchmark_rounds import run_all, start_release
-    from benchmark_table import Report
+    from benchmark_table import Report, options_column
     from measurements import command_line, config_name, machine, today
 
     device = _device(args)
@@ -226,7 +225,7 @@ def run(args: argparse.Namespace, argv: list[str]):
         "config": config_name(args.config_file),
         "weights": bench.subject.weights,
         "tasks": bench.subject.tasks,
-        "options": _options(args.opts),
+        "options": options_column(args.opts),
         "command": command_line(argv),
     }
     report = Report(args.output, common)
@@ -241,12 +240,6 @@ def run(args: argparse.Namespace, argv: list[str]):
             for one in benches:
                 one.close()
     return report
-
-
-def _options(words: list[str]) -> str:
-    """Overrides of the config, but for the weights, which have a column of their own."""
-    pairs = zip(words[::2], words[1::2])
-    return shlex.join(word for pair in pairs if pair[0] != "MODEL.WEIGHTS" for word in pair)
 
 
 def _device(args: argparse.Namespace) -> str:

@@ -25,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmark_table import FIELDS, LATER
+from benchmark_table import FIELDS, LATER, options_column
 from measurements import read_rows
 
 _MACHINE = ("gpu", "torch", "config", "tasks", "weights")
@@ -113,7 +113,7 @@ def _of_command(command: str) -> dict[str, str]:
     words = shlex.split(command)
     options = words[words.index("--") + 1 :] if "--" in words else []
     tasks = "semantic+instance+panoptic" if "--all-tasks" in words else "the config's tasks"
-    return {"tasks": tasks, "weights": "", "options": shlex.join(options)}
+    return {"tasks": tasks, "weights": "", "options": options_column(options)}
 
 
 def points_of(rows: list[dict[str, str]]) -> list[Point]:
@@ -163,8 +163,8 @@ def _labels(rows: list[dict[str, str]]) -> list[str]:
         common = set(options[0]).intersection(*options)
         for place, pairs in zip(places, options):
             own = [f"{key} {value}" for key, value in pairs if (key, value) not in common]
-            if own or any(set(pairs) - common for pairs in options):
-                labels[place] += f", {' '.join(own) or 'without options'}"
+            if own:
+                labels[place] += f", {' '.join(own)}"
     return labels
 
 
@@ -196,7 +196,8 @@ def drawings(points: list[Point]) -> dict[str, dict]:
         gpu, torch, config, tasks, weights = about
         config = Path(config).with_suffix("").as_posix()
         what = f"{kind}, images a second" if unit == "images a second" else kind
-        title = f"{what}: {config}, {gpu}, torch {torch}\n{', '.join(filter(None, (tasks, weights)))}"
+        told = ", ".join(filter(None, (gpu, f"torch {torch}", weights)))
+        title = f"{what}: {config}\n{told}\n{tasks}"
         rate = "_rate" if unit == "images a second" else ""
         name = _file_name(f"{kind}{rate}_{config}_{gpu}{_initials(tasks)}")
         if kind == "build":
@@ -321,7 +322,8 @@ def _draw_bars(axes, drawing: dict) -> None:
     values = [series[name][0] for name in names]
     bars = [[v[1] - v[2] for v in values], [v[3] - v[1] for v in values]]
     axes.barh([_wrapped(name) for name in names], [v[1] for v in values], xerr=bars, capsize=3)
-    axes.bar_label(axes.containers[-1], fmt="%.3g", padding=3)
+    axes.bar_label(axes.containers[-1], fmt="%.4g", padding=3)
+    axes.margins(x=0.12)  # of the numbers beside the bars
     axes.set_xlabel(drawing["unit"])
     axes.invert_yaxis()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,17 @@ _TABLE += ("median_ms", "p10_ms", "p90_ms", "images_per_s", "peak_mib", "segment
 _TABLE += ("build_s", "cached_start_s", "engine_mib", "limit_ms", "times_limit", "layers_ms", "times_layers")
 _TABLE += ("note",)
 
+# Keys of the config that change nothing of what is measured.
+_PLACES = ("MODEL.WEIGHTS", "MODEL.TENSORRT.CACHE.", "OUTPUT_DIR")
+
 _ONE = ("implementation", "backend", "variant", "precision", "batch", "image", "padded")
 _ALIKE = ("segments", "instances", *AGREEMENT, "build_s", "cached_start_s", "engine_mib", "note")
+
+
+def options_column(words: Sequence[str]) -> str:
+    """Overrides of the config, KEY VALUE ..., but for those that only say where something lies."""
+    pairs = zip(words[::2], words[1::2])
+    return shlex.join(word for pair in pairs if not pair[0].startswith(_PLACES) for word in pair)
 
 
 class Report:
