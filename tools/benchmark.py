@@ -14,7 +14,8 @@ Stages:
     forward         model(inputs): upload, network, post-processing
     predictor       DefaultPredictor(cfg)(img), which resizes on the CPU (batch 1, --image-size)
     trt_predictor   d2_trt.TensorRTPredictor(cfg)(img), which resizes on the GPU (batch 1, --image-size)
-    stream          TensorRTPredictor(cfg).stream(images, batch_size=batch), from the first image's start to the last's end
+    stream          TensorRTPredictor(cfg).stream(images, batch_size=batch), from the first image's start to the last's end:
+                    of images in memory, and (`stream_files`) of JPEG files of about four bits a pixel, decoding included
     host            the predictors' parts before the network: PIL's resize, the conversion to float32, its upload, the
                     model's preprocess, TensorRTPredictor's upload and resize
     evaluation      model and evaluators over the first data set of DATASETS.TEST: images in memory, and from the data
@@ -26,12 +27,19 @@ rounds, so that a drift of the clock hits all alike. On CUDA, calls are timed wi
 and 90th percentile of its calls in ms, and images a second by the median; `stream` and `evaluation` run once a round over
 all their images, and an image's share is what their rows give.
 
+Random weights, which is what there is without MODEL.WEIGHTS, keep no query or all of them, with one mask. So that
+post-processing has the work that trained models make it, the tool changes them: --kept-queries of an image are sure of a
+class and have a region of it each, for all implementations and backends (tools/benchmark_weights.py). A row's `weights` says
+so, and `segments` and `instances` what came of it; --kept-queries 0 leaves the weights as they are.
+
 Beside the times stand: how far the network's outputs agree with PyTorch's in float32 on the same images (relative error of
-class logits and of mask logits, shares of mask pixels with the same sign and of queries with the same class); GPU memory,
-what a configuration keeps (weights, engine, graphs) plus what a call takes; what the engine took to build; and the distance
-to two floors that follow from the work and from what this GPU reached in a large copy and a large matrix product just before
-(tools/benchmark_work.py says what is counted). Every row goes to a CSV file as soon as it is there; what cannot be
-measured has its reason in it, and ends the run with status 1 after the others. tools/benchmark_plots.py draws the file.
+class logits and of mask logits, shares of mask pixels with the same sign and of queries with the same class); GPU memory;
+what the engine took to build; and the distance to two floors that follow from the work and from what this GPU reached in a
+large copy and a large matrix product just before (tools/benchmark_work.py says what is counted). `resident_mib` is what a
+configuration keeps for a case: PyTorch's weights (`weights_mib`, which are there beside an engine too), engine, scratch
+memory, the graph of that case; `peak_mib` has with it the most that a call takes. There is none where memory was seen to be
+freed by others. Every row goes to a CSV file as soon as it is there; what cannot be measured has its reason in it, and ends
+the run with status 1 after the others. tools/benchmark_plots.py draws the file.
 """
 
 from __future__ import annotations
@@ -95,6 +103,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--all-tasks", action="store_true", help="semantic, instance and panoptic on together"
     )
+    parser.add_argument(
+        "--kept-queries",
+        type=int,
+        default=30,
+        help="queries that random weights are to keep, at most half of them; 0 leaves the weights as they are (30)",
+    )
     parser.add_argument("--warmup", type=int, default=10, help="calls before those that count (10)")
     parser.add_argument("--iterations", type=int, default=50, help="calls of a stage that count (50)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each configuration (5)")
@@ -127,8 +141,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"no config file {args.config_file}")
     if min(args.iterations, args.rounds, args.stream_images, *args.batch) < 1:
         parser.error("--iterations, --rounds, --stream-images and --batch must be at least 1")
-    if min(args.warmup, args.eval_images) < 0:
-        parser.error("--warmup and --eval-images must be at least 0")
+    if min(args.warmup, args.eval_images, args.kept_queries) < 0:
+        parser.error("--warmup, --eval-images and --kept-queries must be at least 0")
     if len(args.opts) % 2:
         parser.error(f"overrides are KEY VALUE pairs, but {len(args.opts)} words were given")
     if not args.image_size and not args.size:
@@ -200,18 +214,21 @@ def run(args: argparse.Namespace, argv: list[str]):
     """Time everything that was asked for; returns the Report."""
     from benchmark_bench import LocalBench
     from benchmark_rounds import run_all, start_release
-    from benchmark_table import Report
+    from benchmark_table import Report, options_column
     from measurements import command_line, config_name, machine, today
 
     device = _device(args)
+    bench = LocalBench(args, device)
     common = {
         "date": today(),
         **machine(device),
         "config": config_name(args.config_file),
+        "weights": bench.subject.weights,
+        "tasks": bench.subject.tasks,
+        "options": options_column(args.opts),
         "command": command_line(argv),
     }
     report = Report(args.output, common)
-    bench = LocalBench(args, device)
     benches = [bench]
     with tempfile.TemporaryDirectory() as folder:
         if args.release and (release := start_release(__file__, args, argv, bench, folder, report)):

@@ -12,6 +12,11 @@ import torch
 from benchmark_model import Case, Footprint, Subject, build_cfg, weights_mib
 from benchmark_timing import Stage, Timer, set_precision
 
+# Of these an engine that was let go of is loaded from the cache again.
+_KEEPING_MODES = ("readwrite", "require")
+# A footprint may fall by so much when PyTorch frees what was in use before.
+_SLACK_MIB = 32.0
+
 
 class MeasureError(Exception):
     """A configuration could not be installed, prepared or timed; `memory` where the GPU's did not suffice."""
@@ -22,12 +27,16 @@ class MeasureError(Exception):
 
 
 class _Member:
-    """A configuration: its columns, its backend while it is installed, the stages of the case at hand, those timed."""
+    """A configuration: its columns, its backend while it is installed, the stages of the case at hand, those timed.
+
+    `installed` is the memory that it took before the case at hand, `case` what it has kept since.
+    """
 
     def __init__(self, columns: dict[str, Any], cuda: bool):
         self.columns = columns
         self.backend = None
-        self.footprint = Footprint(cuda)
+        self.installed = Footprint(cuda)
+        self.case = Footprint(cuda)
         self.stages: dict[str, Stage] = {}
         self.timed: set[str] = set()
 
@@ -48,7 +57,7 @@ class LocalBench:
         self._timer = Timer(device)
         self.cfg = build_cfg(args, device)
         members = [(backend, precision) for backend in self._backends() for precision in args.precision]
-        self.subject = Subject(self.cfg, args.implementation, args.stream_images)
+        self.subject = Subject(self.cfg, args.implementation, args.stream_images, args.kept_queries)
         self._cases: dict[int, Any] = {}
         self._members = []
         for backend, precision in members:
@@ -85,12 +94,11 @@ class LocalBench:
         member = self._members[index]
         if self.subject.release:
             return {}
-        from benchmark_backends import cached_start, make_backend
+        from benchmark_backends import cached_start
 
         name, precision = member.columns["backend"], member.columns["precision"]
-        self.subject.use(None)
-        with _as_measure_error(), member.footprint:
-            member.backend = make_backend(self.subject, self.cfg, name, precision, member.columns["variant"])
+        with _as_measure_error():
+            self._make_backend(member)
         columns: dict[str, Any] = {}
         if name == "tensorrt":
             from d2_trt import compat
@@ -102,12 +110,27 @@ class LocalBench:
                     columns["cached_start_s"] = cached_start(self.subject, self.cfg, precision)
         return columns
 
+    def _make_backend(self, member: _Member) -> None:
+        from benchmark_backends import make_backend
+
+        self.subject.use(None)
+        member.installed = Footprint(self._timer.cuda)
+        name, precision, variant = (member.columns[key] for key in ("backend", "precision", "variant"))
+        with member.installed:
+            member.backend = make_backend(self.subject, self.cfg, name, precision, variant)
+
     def uninstall(self, index: int) -> None:
         """Let go of a configuration and its memory."""
         self._members[index].stages = {}
-        self._members[index].backend = None
+        self._drop_backend(self._members[index])
+
+    def _drop_backend(self, member: _Member) -> None:
+        member.backend = None
         if not self.subject.release:
             self.subject.use(None)
+        self._free()
+
+    def _free(self) -> None:
         self._reference = None
         gc.collect()
         if self._timer.cuda:
@@ -123,11 +146,16 @@ class LocalBench:
             MeasureError: it fails on it.
         """
         member = self._members[index]
-        with _as_measure_error(), torch.no_grad(), self._active(member), member.footprint:
+        if member.backend is None and not self.subject.release:
+            with _as_measure_error():
+                self._make_backend(member)
+        member.case = Footprint(self._timer.cuda)
+        with _as_measure_error(), torch.no_grad(), self._active(member):
             subject = self._case(case)
             member.timed.clear()
             if hasattr(subject, "loader"):
-                columns, member.stages = subject.prepare(self.subject, self.cfg, batch)
+                with member.case:
+                    columns, member.stages = subject.prepare(self.subject, self.cfg, batch)
             else:
                 columns, member.stages = self._prepare_image(member, case, subject, batch)
         return {"columns": columns, "stages": list(member.stages)}
@@ -137,33 +165,47 @@ class LocalBench:
 
         Returns:
             "times" of a call in ms (of a slow stage an image's share), "images" that this time finishes, and MiB on the
-            GPU: "call_mib" that a call takes for itself at its peak, "resident_mib" that the configuration keeps.
+            GPU: "call_mib" that a call takes for itself at its peak, "resident_mib" that the configuration keeps for
+            this case, weights included, and "weights_mib", those in PyTorch. "void" says why there are none.
         """
         member = self._members[index]
         work = member.stages[stage]
         if work.slow:
             samples, warmup = 1, 0 if stage in member.timed else min(warmup, 1)
-        with _as_measure_error(), torch.no_grad(), self._active(member), member.footprint:
+        with _as_measure_error(), torch.no_grad(), self._active(member), member.case:
             if self._timer.cuda:
-                before = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
             times = self._timer.samples(work, samples, warmup)
             member.timed.add(stage)
             images = work.images
             if work.slow:  # a call is a run over many images: an image's share of it says more
                 times, images = [time / images for time in times], 1
-            told: dict[str, Any] = {"times": times, "images": images, "call_mib": "", "resident_mib": ""}
-            if self._timer.cuda:
-                told["call_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        if self._timer.cuda:
-            kept = 0.0 if member.columns["backend"] == "tensorrt" else weights_mib(self.subject.model)
-            told["resident_mib"] = member.footprint.mib + kept
-        return told
+            if self._timer.cuda:  # what it keeps from now on, such as a graph, is resident
+                call = (torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()) / 2**20
+        told: dict[str, Any] = {"times": times, "images": images, "void": ""}
+        if not self._timer.cuda:
+            return told
+        parts = (member.installed.mib, member.case.mib)
+        if min(parts) < -_SLACK_MIB or sum(parts) < -1:
+            return {**told, "void": f"it fell by {-min(parts):.0f} MiB, which others freed"}
+        weights = weights_mib(self.subject.model)
+        resident = max(sum(parts), 0.0) + weights
+        return {**told, "call_mib": call, "resident_mib": resident, "weights_mib": weights}
 
     def forget(self, index: int) -> None:
-        """Let go of what prepare() left."""
-        self._members[index].stages = {}
-        self._reference = None
+        """Let go of what prepare() and calls left: graphs, engines of one size, what was compiled for one.
+
+        So the next case's memory is its own.
+        """
+        member = self._members[index]
+        member.stages = {}
+        backend = member.columns["backend"]
+        if backend == "tensorrt" and self.cfg.MODEL.TENSORRT.CACHE.MODE in _KEEPING_MODES:
+            self._drop_backend(member)  # made anew from the cache
+            return
+        if backend == "compile":
+            torch.compiler.reset()
+        self._free()
 
     def workload(self, case: int) -> Any:
         """What a case of an image asks of the machine: a benchmark_work.Workload."""
@@ -183,7 +225,11 @@ class LocalBench:
         self, member: _Member, index: int, case: Case, batch: int
     ) -> tuple[dict[str, Any], dict[str, Stage]]:
         images = self.subject.padded(case, batch)
-        outputs = self.subject.core(images)
+        # The tool's own tensors are not the configuration's memory.
+        reference = None if self.subject.release else self._reference_outputs(index, batch, images)
+        with member.case:
+            outputs = self.subject.core(images)
+        member.case.leave_out(_nbytes(outputs))
         stages = self.subject.stages(case, batch, images, outputs)
         results = stages["postprocess"].call()
         columns: dict[str, Any] = {
@@ -196,14 +242,17 @@ class LocalBench:
             "instances": len(results[0]["instances"]) if "instances" in results[0] else "",
             "postprocess_mb": round((_nbytes(_logits_and_masks(outputs)) + _nbytes(results)) / 1e6, 3),
         }
+        if columns["segments"] == 0:
+            columns["note"] = "no segments: post-processing had little to do"
         if not self.subject.release:
             from benchmark_backends import agreement, engine_columns
 
-            columns.update(agreement(outputs, self._reference_outputs(index, batch, images)))
+            columns.update(agreement(outputs, reference))
             if member.columns["backend"] == "tensorrt":
                 columns.update(engine_columns(member.backend.describe(), batch, *images.shape[-2:]))
             elif member.columns["backend"] == "compile":
-                columns["note"] = f"{member.backend.describe()['graph_breaks']} graph breaks"
+                breaks = f"{member.backend.describe()['graph_breaks']} graph breaks"
+                columns["note"] = joined_notes(columns.get("note"), breaks)
         return columns, stages
 
     def _reference_outputs(self, case: int, batch: int, images: torch.Tensor):
@@ -273,6 +322,10 @@ def _first_lines(error: Exception) -> str:
 def _logits_and_masks(outputs: Any) -> tuple:
     """The two of the last layer: the release's outputs hold the earlier layers' too."""
     return (outputs["pred_logits"], outputs["pred_masks"]) if isinstance(outputs, dict) else tuple(outputs)
+
+
+def joined_notes(*notes: str | None) -> str:
+    return "; ".join(filter(None, notes))
 
 
 def _nbytes(value: Any) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
 from benchmark_timing import Stage
+from benchmark_weights import PICTURE, keep_queries
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.projects.deeplab import add_deeplab_config
@@ -14,6 +17,9 @@ from detectron2.structures import ImageList
 from PIL import Image
 
 from mask2former import add_maskformer2_config
+
+# Of the files that a stream reads: about four bits a pixel.
+_NOISE, _JPEG_QUALITY = 8.0, 95
 
 # Keys that an official checkout does not know.
 OURS = (
@@ -87,14 +93,16 @@ def as_float(picture: np.ndarray) -> torch.Tensor:
 class Subject:
     """One implementation's model, behind the stages that are timed."""
 
-    def __init__(self, cfg, implementation: str, stream_images: int = 100):
+    def __init__(self, cfg, implementation: str, stream_images: int = 100, kept_queries: int = 0):
         """
         Args:
             stream_images: images of one TensorRTPredictor.stream, at least.
+            kept_queries: of random weights, see keep_queries. The release has the weights that it is given.
         """
         torch.manual_seed(0)
         self.release = implementation == "release"
         self.stream_images = stream_images
+        self._folder: tempfile.TemporaryDirectory | None = None
         if self.release:
             self.predictor = DefaultPredictor(cfg)
         else:
@@ -105,6 +113,13 @@ class Subject:
             # A DefaultPredictor too, whose call is timed as well: one model serves both.
             self.predictor = TensorRTPredictor(cfg)
         self.model = self.predictor.model
+        self.weights = Path(cfg.MODEL.WEIGHTS).name or "random"
+        if kept_queries and not self.release and not cfg.MODEL.WEIGHTS:
+            kept = keep_queries(self.model, kept_queries, as_float(draw_image(PICTURE)))
+            self.weights = f"random, {kept} of {cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES} queries kept"
+        tests = cfg.MODEL.MASK_FORMER.TEST
+        tasks = ("semantic", "instance", "panoptic")
+        self.tasks = "+".join(task for task in tasks if getattr(tests, f"{task.upper()}_ON"))
 
     def use(self, backend) -> None:
         """Run the network by another backend."""
@@ -148,13 +163,28 @@ class Subject:
         if not self.release:
             # Whole batches: the size of a smaller last one would be another engine's.
             count = -(-self.stream_images // batch) * batch
-            stages["stream"] = Stage(
-                lambda: self._stream(case, batch, count), count, wall_clock=True, slow=True
-            )
+            for name, source in (("stream", case.image), ("stream_files", self._file(case))):
+                stages[name] = Stage(
+                    lambda source=source: self._stream(source, batch, count),
+                    count,
+                    wall_clock=True,
+                    slow=True,
+                )
         return stages
 
-    def _stream(self, case: Case, batch: int, count: int) -> None:
-        images = (case.image for _ in range(count))
+    def _file(self, case: Case) -> str:
+        """A JPEG file of the case's picture, with noise as cameras have it: smooth pictures are decoded faster."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="benchmark")
+        path = Path(self._folder.name) / f"{case.name}.jpg"
+        if not path.exists():
+            noise = np.random.default_rng(0).normal(0, _NOISE, case.image.shape)
+            picture = np.clip(case.image + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(picture[:, :, ::-1]).save(path, quality=_JPEG_QUALITY)
+        return str(path)
+
+    def _stream(self, source: np.ndarray | str, batch: int, count: int) -> None:
+        images = (source for _ in range(count))
         for _ in self.predictor.stream(images, batch_size=batch, prefetch=max(8, 2 * batch)):
             pass
 
@@ -226,6 +256,11 @@ class Footprint:
 
     def __exit__(self, *exc) -> None:
         self._taken += self._now() - self._before
+
+    def leave_out(self, nbytes: int) -> None:
+        """Not this part's after all: bytes on the GPU that it made for somebody else."""
+        if self._cuda:
+            self._taken -= nbytes
 
     @property
     def mib(self) -> float:

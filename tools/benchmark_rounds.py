@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from benchmark_bench import LocalBench, MeasureError, work_of
+from benchmark_bench import LocalBench, MeasureError, joined_notes, work_of
 from benchmark_table import Report
 from benchmark_timing import summary
 
@@ -43,7 +43,9 @@ def run_all(benches: list, args, report: Report, limits) -> None:
         for bench in benches
         for index, columns in enumerate(bench.configurations)
     ]
-    for group in _groups(members, args, report):
+    for group, note in _groups(members, args, report):
+        for member in group:
+            member.columns = {**member.columns, "note": note}
         try:
             for case, _ in enumerate(work_of(args)):
                 for batch in args.batch:
@@ -53,21 +55,27 @@ def run_all(benches: list, args, report: Report, limits) -> None:
                 _uninstall(member)
 
 
-def _groups(members: list[_Member], args, report: Report) -> Iterator[list[_Member]]:
-    """Configurations that are installed together, as many as the memory holds; each group is done before the next."""
+def _groups(members: list[_Member], args, report: Report) -> Iterator[tuple[list[_Member], str]]:
+    """Configurations that are installed together, as many as the memory holds; each group is done before the next.
+
+    With each a note for its rows, where the memory did not hold all of them.
+    """
     group: list[_Member] = []
     waiting = list(members)
+    split = False
     while waiting:
         member = waiting[0]
         if group and (args.no_interleave or _memory_is_short()):
-            yield group
+            split = split or not args.no_interleave
+            yield group, _group_note(group, split)
             group = []
         try:
             installed = member.bench.install(member.index)
         except MeasureError as error:
             _uninstall(member)
             if error.memory and group:  # once more, alone
-                yield group
+                split = True
+                yield group, _group_note(group, split)
                 group = []
                 continue
             report.failure(member.label, member.columns, str(error))
@@ -76,7 +84,15 @@ def _groups(members: list[_Member], args, report: Report) -> Iterator[list[_Memb
             group.append(member)
         waiting.pop(0)
     if group:
-        yield group
+        yield group, _group_note(group, split)
+
+
+def _group_note(group: list[_Member], split: bool) -> str:
+    if not split:
+        return ""
+    labels = [member.label for member in group]
+    together = f"{', '.join(labels)} took turns" if len(group) > 1 else f"{labels[0]} ran alone"
+    return f"the GPU's memory did not hold all configurations: {together}, the others ran at another time"
 
 
 def _memory_is_short() -> bool:
@@ -110,7 +126,8 @@ def _run_case(group: list[_Member], case: int, batch: int, args, report: Report,
                 f"{error}{hint}",
             )
             continue
-        prepared.append((member, {**member.columns, **told["columns"]}, told["stages"]))
+        note = joined_notes(member.columns["note"], told["columns"].get("note"))
+        prepared.append((member, {**member.columns, **told["columns"], "note": note}, told["stages"]))
     for stage in expand(args.stages):
         able = [(member, columns) for member, columns, stages in prepared if stage in stages]
         for row in _run_stage(able, stage, args, report):
@@ -152,15 +169,24 @@ def _run_stage(able: list[tuple[_Member, dict]], stage: str, args, report: Repor
     for place, parts in told.items():
         times = [time for part in parts for time in part["times"]]
         row = {**able[place][1], "stage": stage, "rounds": rounds, **summary(times, parts[0]["images"])}
-        if parts[0]["call_mib"] != "":
-            resident = parts[-1]["resident_mib"]
-            if resident >= 0:
-                row["resident_mib"] = round(resident)
-                row["peak_mib"] = round(resident + max(part["call_mib"] for part in parts))
-            else:  # it is what the whole GPU's memory grew by
-                row["note"] = "; ".join(filter(None, (row.get("note"), "memory: other processes freed some")))
-        rows.append(row)
+        rows.append({**row, **_memory(parts, row.get("note"))})
     return rows
+
+
+def _memory(parts: list[dict], note: str | None) -> dict[str, Any]:
+    """Columns of memory, or a note why there are none: a wrong figure is worse than none."""
+    reason = next((part["void"] for part in parts if part["void"]), "")
+    if reason:
+        return {"note": joined_notes(note, f"memory is not told: {reason}")}
+    if "resident_mib" not in parts[-1]:  # no GPU
+        return {}
+    resident = parts[-1]["resident_mib"]
+    peak = resident + max(part["call_mib"] for part in parts)
+    return {
+        "resident_mib": round(resident),
+        "peak_mib": round(peak),
+        "weights_mib": round(parts[-1]["weights_mib"]),
+    }
 
 
 def expand(stages: list[str]) -> list[str]:
@@ -169,6 +195,8 @@ def expand(stages: list[str]) -> list[str]:
     for stage in stages:
         if stage == "host":
             names += ["host_resize", "host_float", "host_upload", "host_preprocess", "host_trt_load"]
+        elif stage == "stream":
+            names += ["stream", "stream_files"]
         elif stage == "evaluation":
             names += ["evaluation", "evaluation_loader"]
         else:

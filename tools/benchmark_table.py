@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from measurements import MeasurementFile
 
 AGREEMENT = ("logit_error", "mask_error", "sign_agreement", "class_agreement")
+# Columns that files of earlier versions lack: where the weights come from, the tasks that are on, the config's overrides.
+LATER = ("weights", "tasks", "options", "weights_mib")
 FIELDS = (
     *("date", "implementation", "gpu", "torch", "cuda", "tensorrt", "detectron2", "python", "config"),
     *("backend", "variant", "precision", "batch", "image", "padded", "output", "stage"),
@@ -17,15 +21,24 @@ FIELDS = (
     *AGREEMENT,
     *("build_s", "cached_start_s", "engine_mib"),
     *("gflop", "moved_mb", "limit_ms", "times_limit", "layers_ms", "times_layers", "tflop_per_s", "gb_per_s"),
-    *("note", "error", "command"),
+    *("note", "error", "command", *LATER),
 )
 _TABLE = ("implementation", "backend", "variant", "precision", "batch", "image", "padded", "stage")
 _TABLE += ("median_ms", "p10_ms", "p90_ms", "images_per_s", "peak_mib", "segments", "instances", *AGREEMENT)
 _TABLE += ("build_s", "cached_start_s", "engine_mib", "limit_ms", "times_limit", "layers_ms", "times_layers")
 _TABLE += ("note",)
 
+# Keys of the config that change nothing of what is measured.
+_PLACES = ("MODEL.WEIGHTS", "MODEL.TENSORRT.CACHE.", "OUTPUT_DIR")
+
 _ONE = ("implementation", "backend", "variant", "precision", "batch", "image", "padded")
 _ALIKE = ("segments", "instances", *AGREEMENT, "build_s", "cached_start_s", "engine_mib", "note")
+
+
+def options_column(words: Sequence[str]) -> str:
+    """Overrides of the config, KEY VALUE ..., but for those that only say where something lies."""
+    pairs = zip(words[::2], words[1::2])
+    return shlex.join(word for pair in pairs if not pair[0].startswith(_PLACES) for word in pair)
 
 
 class Report:
@@ -99,7 +112,7 @@ class Report:
         tensorrt = {f", TensorRT {row['tensorrt']}" for row in self.rows if row.get("tensorrt")}
         print(
             f"{first['config']}, {first['gpu']}, torch {first['torch']}{''.join(sorted(tensorrt))}, "
-            f"detectron2 {first['detectron2']}, {first['date']}"
+            f"detectron2 {first['detectron2']}, {first['date']}, weights: {first.get('weights', '')}"
         )
         for row in self.ceilings:
             speeds = [

@@ -45,6 +45,7 @@ def run(benchmark, tmp_path, monkeypatch):
 
 
 STAGES = ("core", "throughput", "postprocess", "forward", "predictor", "trt_predictor", "stream", "host")
+STREAMS = ("stream", "stream_files")
 
 
 def timed(rows: list[dict]) -> list[dict]:
@@ -63,14 +64,17 @@ def test_sizes_batches_precisions_and_stages(run, capsys):
     rows = timed(rows)
     stages = [r["stage"] for r in rows]
     # Four stages for each size, batch and precision; predictors resize, and take one image; a stream takes batches.
-    assert len(rows) == 2 * (2 * 2 * 4 + 2 + 2)
-    assert stages.count("predictor") == stages.count("trt_predictor") == 2 and stages.count("stream") == 4
+    assert len(rows) == 2 * (2 * 2 * 4 + 2 + 2 * 2)
+    assert stages.count("predictor") == stages.count("trt_predictor") == 2
+    assert stages.count("stream") == stages.count("stream_files") == 4
     assert {(r["image"], r["padded"]) for r in rows} == {("48x64", "64x96"), ("64x96", "64x96")}
     for row in rows:
         assert float(row["p10_ms"]) <= float(row["median_ms"]) <= float(row["p90_ms"])
-        images = 1 if row["stage"] == "stream" else int(row["batch"])
+        images = 1 if row["stage"] in STREAMS else int(row["batch"])
         assert float(row["images_per_s"]) == pytest.approx(1e3 * images / float(row["median_ms"]), rel=1e-2)
         assert row["backend"] == "torch" and int(row["instances"]) > 0 and row["iterations"] == "2"
+        assert int(row["segments"]) >= 3 and row["weights"] == "random, 5 of 10 queries kept"
+        assert row["tasks"] == "semantic+instance+panoptic" and "HIDDEN_DIM 32" in row["options"]
         error = float(row["mask_error"])
         assert error == 0 if row["precision"] == "fp32" else 1e-4 < error < 0.5
         assert float(row["class_agreement"]) == 1 or row["precision"] == "bf16"
@@ -90,7 +94,8 @@ def test_every_stage_on_a_gpu(run):
     )
     assert status == 0
     for row in timed(rows):
-        assert float(row["median_ms"]) > 0 and float(row["peak_mib"]) >= float(row["resident_mib"]) > 0
+        assert float(row["median_ms"]) > 0 and int(row["segments"]) > 0
+        assert float(row["peak_mib"]) >= float(row["resident_mib"]) >= float(row["weights_mib"]) > 0
         if row["stage"] in ("core", "throughput"):  # nothing beats the floor of the arithmetic
             assert float(row["times_limit"]) > 1
     assert {row["stage"] for row in timed(rows)} >= {"trt_predictor", "stream", "host_trt_load"}
@@ -178,9 +183,15 @@ def test_release_is_timed_with_the_same_weights(run):
     found = [(r["implementation"], r["stage"]) for r in timed(rows)]
     assert found == [
         *(("d2_trt", "core"), ("release", "core"), ("d2_trt", "postprocess"), ("release", "postprocess")),
-        *(("d2_trt", "predictor"), ("release", "predictor"), ("d2_trt", "stream")),
+        *(
+            ("d2_trt", "predictor"),
+            ("release", "predictor"),
+            ("d2_trt", "stream"),
+            ("d2_trt", "stream_files"),
+        ),
     ]
     assert len({(r["segments"], r["instances"], r["padded"]) for r in rows}) == 1
+    assert int(rows[0]["segments"]) >= 3
 
 
 @pytest.mark.slow
@@ -250,6 +261,38 @@ def test_mistakes_end_before_anything_is_timed(run, capsys, words, opts, message
     assert status == 2 and rows == [] and message in capsys.readouterr().err
 
 
+def test_no_segments_are_said(run):
+    status, rows = run(
+        "--image-size", "48x64", "--stages", "postprocess", "stream", "--kept-queries", "0", "--no-limits"
+    )
+    assert status == 0 and [r["stage"] for r in rows] == ["postprocess", *STREAMS]
+    for row in rows:
+        assert row["segments"] == "0" and row["weights"] == "random"
+        assert row["note"] == "no segments: post-processing had little to do"
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+def test_memory_of_a_case_is_its_own_on_a_gpu(run, tmp_path):
+    """A small size after larger ones, whose graphs alone take over 40 MiB: its engine is loaded anew, without them."""
+    sizes = ("64x64", "512x1024", "1024x512", "1024x1024", "64x96")
+    status, rows = run(
+        *("--size", *sizes, "--backend", "torch", "tensorrt", "--stages", "core"),
+        *("--no-limits", "--skip-cached-start"),
+        opts=(
+            *("MODEL.TENSORRT.SHAPES", "('64x64', '512x512', '1024x1024')", "MODEL.TENSORRT.OPT_LEVEL", "0"),
+            *("MODEL.TENSORRT.CACHE.DIR", str(tmp_path / "cache")),
+        ),
+        device="cuda",
+    )
+    assert status == 0, rows
+    told = {(r["backend"], r["image"]): float(r["resident_mib"]) for r in timed(rows)}
+    for backend in ("torch", "tensorrt"):
+        assert told[backend, "64x96"] < told[backend, "64x64"] + 24, told
+    for row in timed(rows):
+        assert float(row["resident_mib"]) >= float(row["weights_mib"]) > 0
+
+
 def test_nothing_to_time_is_said(run, capsys):
     status, rows = run("--size", "64x64", "--stages", "predictor", "--no-limits")
     assert status == 1 and rows == [] and "none of --stages" in capsys.readouterr().err
@@ -264,6 +307,7 @@ def test_nothing_to_time_is_said(run, capsys):
         ["--precision", "int4"],
         ["--rounds", "0"],
         ["--compile-mode", "fast"],
+        ["--kept-queries", "-1"],
         ["--", "MODEL.WEIGHTS"],
     ],
 )

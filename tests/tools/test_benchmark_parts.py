@@ -17,12 +17,13 @@ import benchmark_bench
 import benchmark_compile
 import benchmark_limits
 import benchmark_release
+import benchmark_rounds
 import pytest
 import torch
 from benchmark_bench import LocalBench, MeasureError, _Member
 from benchmark_evaluation import EvaluationCase, stand_in_for_panopticapi
 from benchmark_limits import Ceilings
-from benchmark_model import draw_image
+from benchmark_model import Footprint, draw_image
 from benchmark_rounds import run_all
 from benchmark_table import Report
 from benchmark_timing import Stage, Timer, summary
@@ -72,8 +73,8 @@ class FakeBench:
 
     def measure(self, index, stage, samples, warmup):
         self._do("measure", index, samples, warmup)
-        told = {"times": [1.0 + index] * samples, "images": 1, "call_mib": 10.0, "resident_mib": 5.0}
-        return told
+        told = {"times": [1.0 + index] * samples, "images": 1, "void": ""}
+        return {**told, "call_mib": 10.0, "resident_mib": 5.0, "weights_mib": 2.0}
 
     def forget(self, index):
         self._log.append(("forget", self._names[index]))
@@ -104,16 +105,19 @@ def test_configurations_take_turns_and_each_round_starts_with_another(turns):
     assert second == [("b", 3, 2), ("c", 3, 2), ("a", 3, 2)]
     assert [row["iterations"] for row in report.rows] == [5, 5, 5]
     assert [row["median_ms"] for row in report.rows] == [1.0, 2.0, 3.0]
-    assert {(row["peak_mib"], row["resident_mib"]) for row in report.rows} == {(15, 5)}
+    assert {(row["peak_mib"], row["resident_mib"], row["weights_mib"]) for row in report.rows} == {(15, 5, 2)}
+    assert {row["note"] for row in report.rows} == {""}
 
 
-def test_no_memory_is_told_where_other_processes_freed_some(turns, monkeypatch):
-    less = {"times": [1.0], "images": 1, "call_mib": 10.0, "resident_mib": -7.0}
-    monkeypatch.setattr(FakeBench, "measure", lambda *_: less)
-    _, report = turns("a", iterations=1)
+def test_no_memory_is_told_where_one_of_the_rounds_was_void(turns, monkeypatch):
+    good = {"call_mib": 10.0, "resident_mib": 5.0, "weights_mib": 2.0}
+    answers = [{"void": "it fell"}, {"void": "", **good}]
+    told = {"times": [1.0], "images": 1}
+    monkeypatch.setattr(FakeBench, "measure", lambda *_: {**told, **answers.pop(0)})
+    _, report = turns("a", iterations=2)
     (row,) = report.rows
-    assert "resident_mib" not in row and "peak_mib" not in row
-    assert row["note"] == "memory: other processes freed some"
+    assert not {"resident_mib", "peak_mib", "weights_mib"} & set(row)
+    assert row["note"] == "memory is not told: it fell"
 
 
 def test_configurations_alone_where_asked(turns):
@@ -130,6 +134,19 @@ def test_configuration_that_finds_no_memory_comes_again_when_the_others_are_gone
     order = [e[:2] for e in log if e[0] in ("install", "uninstall")]
     assert order.index(("uninstall", "a")) < len(order) - 1 - order[::-1].index(("install", "b"))
     assert [row["backend"] for row in report.rows] == ["a", "b", "c"]
+    start = "the GPU's memory did not hold all configurations: "
+    end = ", the others ran at another time"
+    alone, together = "a fp32 ran alone", "b fp32, c fp32 took turns"
+    assert [row["note"] for row in report.rows] == [start + who + end for who in (alone, together, together)]
+
+
+def test_rows_say_which_configurations_took_turns_where_memory_was_short(turns, monkeypatch):
+    short = iter((False, True))  # before b, before c
+    monkeypatch.setattr(benchmark_rounds, "_memory_is_short", lambda: next(short))
+    _, report = turns("abc")
+    told = [row["note"].split(": ")[1].split(",  the")[0] for row in report.rows]
+    assert [note.startswith("a fp32, b fp32 took turns") for note in told] == [True, True, False]
+    assert told[2].startswith("c fp32 ran alone")
 
 
 def test_failures_have_a_row_with_the_reason(turns):
@@ -152,7 +169,7 @@ def test_slow_stages_are_warmed_up_in_the_first_round_only(monkeypatch):
     bench = object.__new__(LocalBench)
     bench._members, bench._timer, bench._reference = [member], Timer("cpu"), None
     case = types.SimpleNamespace(loader=None, prepare=lambda *_: ({}, stages))
-    bench.subject, bench.cfg = None, None
+    bench.subject, bench.cfg = types.SimpleNamespace(release=True), None
     monkeypatch.setattr(bench, "_case", lambda case_index: case)
     monkeypatch.setattr(bench, "_active", lambda member: contextlib.nullcontext())
     asked = []
@@ -240,15 +257,92 @@ def test_memory_that_a_configuration_keeps_and_that_a_call_takes(monkeypatch):
     member.stages = {"core": Stage(gpu.work, 1)}
     bench._members, bench._timer = [member], Timer("cuda")
     bench.subject = types.SimpleNamespace(release=True, model=nn.Linear(1 << 18, 1))
-    with member.footprint:
+    with member.installed:
         gpu.used += 20 << 20
     gpu.used += 40 << 20  # another configuration's
     monkeypatch.setattr(benchmark_bench, "set_precision", lambda *_: contextlib.nullcontext())
     told = bench.measure(0, "core", samples=2, warmup=1)
     assert (told["times"], told["images"], told["call_mib"]) == ([4.0, 4.0], 1, 3.0)
-    assert told["resident_mib"] == 20.0
-    member.columns["backend"] = "torch"  # whose weights are the model's: a MiB here
-    assert bench.measure(0, "core", samples=2, warmup=1)["resident_mib"] == pytest.approx(21.0, abs=1e-3)
+    # PyTorch's weights, a MiB here, are there beside an engine too.
+    assert told["weights_mib"] == pytest.approx(1.0, abs=1e-3)
+    assert told["resident_mib"] == pytest.approx(21.0, abs=1e-3) and told["void"] == ""
+    # What the next case finds does not count as its own, and what the tool holds is nobody's.
+    gpu.used += 300 << 20
+    member.case = Footprint(cuda=True)
+    with member.case:
+        gpu.used += 9 << 20
+    member.case.leave_out(5 << 20)
+    assert bench.measure(0, "core", 2, 1)["resident_mib"] == pytest.approx(25.0, abs=1e-3)
+
+
+def test_memory_that_fell_is_not_told(monkeypatch):
+    gpu = _Gpu(monkeypatch)
+    bench = LocalBench.__new__(LocalBench)
+    member = _Member({"backend": "tensorrt", "precision": "fp16"}, cuda=True)
+    member.stages = {"core": Stage(gpu.work, 1)}
+    bench._members, bench._timer = [member], Timer("cuda")
+    bench.subject = types.SimpleNamespace(release=True, model=nn.Linear(1 << 18, 1))
+    monkeypatch.setattr(benchmark_bench, "set_precision", lambda *_: contextlib.nullcontext())
+    with member.installed:
+        gpu.used += 200 << 20
+    with member.case:
+        gpu.used -= 90 << 20
+    told = bench.measure(0, "core", samples=2, warmup=1)
+    assert told["void"] == "it fell by 90 MiB, which others freed" and "resident_mib" not in told
+
+
+def _bench_with(monkeypatch, backend: str, mode: str = "readwrite"):
+    """A bench of one configuration whose backend takes 20 MiB, and 30 more when it first runs a case."""
+    gpu = _Gpu(monkeypatch)
+    made = []
+
+    class Backend:
+        def __init__(self):
+            made.append(backend)
+            gpu.used += 20 << 20
+            self.held = 20 << 20
+
+        def run(self):
+            gpu.used += 30 << 20
+            self.held += 30 << 20
+
+        def __del__(self):
+            gpu.used -= self.held
+
+    monkeypatch.setattr("benchmark_backends.make_backend", lambda *_: Backend())
+    monkeypatch.setattr(benchmark_bench, "set_precision", lambda *_: contextlib.nullcontext())
+    bench = LocalBench.__new__(LocalBench)
+    member = _Member({"backend": backend, "precision": "fp16", "variant": ""}, cuda=True)
+    bench._members, bench._timer, bench._reference = [member], Timer("cuda"), None
+    bench.subject = types.SimpleNamespace(
+        release=False, model=nn.Linear(1 << 18, 1), use=lambda backend: None
+    )
+    cache = types.SimpleNamespace(MODE=mode)
+    tensorrt = types.SimpleNamespace(CACHE=cache)
+    bench.cfg = types.SimpleNamespace(MODEL=types.SimpleNamespace(TENSORRT=tensorrt))
+
+    def prepare(subject, cfg, batch):
+        member.backend.run()
+        return {}, {"core": Stage(gpu.work, 1)}
+
+    monkeypatch.setattr(
+        bench, "_case", lambda index: types.SimpleNamespace(loader=None, prepare=prepare), raising=False
+    )
+    return bench, made
+
+
+@pytest.mark.parametrize(
+    "backend, mode, loads", [("tensorrt", "readwrite", 3), ("tensorrt", "off", 1), ("torch", "", 1)]
+)
+def test_memory_of_a_case_does_not_grow_with_those_before_it(monkeypatch, backend, mode, loads):
+    """Graphs of earlier sizes go with their engine, which the cache has; without a cache they are not counted."""
+    bench, made = _bench_with(monkeypatch, backend, mode)
+    bench._make_backend(bench._members[0])
+    for case in range(3):
+        bench.prepare(0, case, 1)
+        assert bench.measure(0, "core", 2, 1)["resident_mib"] == pytest.approx(51.0, abs=1e-3)
+        bench.forget(0)
+    assert len(made) == loads
 
 
 # What is counted
