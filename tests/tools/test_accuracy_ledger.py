@@ -191,8 +191,59 @@ def row_of(ledger, backend="tensorrt", precision="fp16", **values) -> dict[str, 
 )
 def test_limits_are_those_of_the_precision(ledger, precision, value, good):
     rows = [row_of(ledger, "torch", "fp32", PQ="50.0"), row_of(ledger, precision=precision, PQ=value)]
-    assert (ledger.beyond_limits(rows, ["PQ", "AP"]) == []) is good
-    assert ledger.beyond_limits(rows, ["AP"]) == []
+    assert (ledger.beyond_limits(rows, ["PQ"]) == []) is (ledger.beyond_limits(rows) == []) is good
+
+
+def test_limits_need_an_engine_that_was_measured(ledger):
+    torch_rows = [row_of(ledger, "torch", p, PQ="50.0", AP="9", mIoU="7") for p in ("fp32", "tf32")]
+    failed = row_of(ledger, status="failed: no memory")
+    for rows in ([], torch_rows, [*torch_rows, failed]):
+        for metrics in ([], ["PQ"]):
+            assert ledger.beyond_limits(rows, metrics) == [
+                "no limits were checked: there is no row of an engine that was measured"
+            ]
+
+
+@pytest.mark.parametrize(
+    "names, metrics, lacking",
+    [
+        (("PQ",), [], ""),  # of a config with one task
+        (("PQ",), ["PQ"], ""),
+        (("PQ",), ["PQ", "AP"], "AP"),
+        (("PQ", "mIoU"), ["AP", "AP50"], "AP, AP50"),
+        (("SQ",), [], "PQ, AP, mIoU"),
+        ((), [], "PQ, AP, mIoU"),
+    ],
+)
+def test_limits_need_metrics_that_were_measured(ledger, names, metrics, lacking):
+    values = dict.fromkeys(names, "50.0")
+    every = {**dict.fromkeys(("PQ", "AP", "AP50", "mIoU"), "50.0"), "batch": "4"}
+    rows = [row_of(ledger, "torch", "fp32", **values), row_of(ledger, **values)]
+    # Another engine that has them all does not speak for this one.
+    rows += [row_of(ledger, "torch", "fp32", **every), row_of(ledger, **every)]
+    told = ledger.beyond_limits(rows, metrics)
+    assert len(told) == bool(lacking)
+    if lacking:
+        assert told[0].endswith(f"nothing to compare, neither it nor PyTorch has {lacking}")
+
+
+def test_only_what_was_compared_is_within_the_limits(ledger, tmp_path, capsys):
+    def checked(*rows, limits=()) -> tuple[int, str]:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.csv"
+        file = ledger.MeasurementFile(path, ledger.FIELDS, ())
+        for row in rows:
+            file.add({**row, "min_size": "64", "max_size": "80", "batch": "1"})
+        status = ledger.main(["--from-csv", str(path), "--work", str(tmp_path), "--limits", *limits])
+        printed = capsys.readouterr()
+        return status, next((line for line in printed.out.splitlines() if "within" in line), printed.err)
+
+    reference = row_of(ledger, "torch", "fp32", PQ="50", SQ="60", RQ="70")
+    engine = row_of(ledger, PQ="50", SQ="60", RQ="70")
+    assert checked(reference, engine) == (0, "within the limits: PQ")
+    assert checked(reference, engine, limits=["SQ", "PQ"]) == (0, "within the limits: SQ, PQ")
+    for rows, limits in (((reference,), ()), ((reference, engine), ["AP"])):
+        status, told = checked(*rows, limits=limits)
+        assert status == 1 and told.startswith("accuracy_ledger.py: ")
 
 
 def test_row_without_a_reference_is_not_within_the_limits(ledger):
