@@ -10,11 +10,13 @@ from pathlib import Path
 import ledger_evaluation
 import ledger_markdown
 import pytest
-from ledger_evaluation import engine_cfg, images_outside, metric_columns
+import torch
+from ledger_evaluation import engine_cfg, images_outside, metric_columns, pytorch_precision
 from ledger_images import ImageTables
 from measurements import read_rows
 
-from mask2former import get_mask2former_cfg
+from mask2former import MaskFormer, get_mask2former_cfg
+from mask2former.backend import TorchBackend
 from mask2former.data.datasets.shapes import register_shapes
 from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
 from mask2former.data.errors import AnnotationError
@@ -112,6 +114,68 @@ def test_metrics_are_those_of_train_net(run, weights, tmp_path, monkeypatch):
     expected = {k: str(v) for k, v in metric_columns(results[f"{PREFIX}_val_panoptic"]).items()}
     assert {k: row[k] for k in expected} == expected and len(expected) >= 12
     assert float(row["mIoU"]) > 0
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_reference_is_computed_without_tf32(ledger, run, monkeypatch, allowed):
+    """Whatever was allowed before. On a CPU the switches have no effect, but every call of the network can read them."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    for switch in switches:
+        switch.allow_tf32 = allowed  # every test's fixture puts them back
+    row, seen, references = [], {}, set()
+    measure, call, core = ledger.Ledger._measure, TorchBackend.__call__, MaskFormer.core
+
+    def modes() -> tuple[bool, ...]:
+        return (*(switch.allow_tf32 for switch in switches), torch.is_autocast_enabled("cpu"))
+
+    def watched_measure(self, columns):
+        row[:] = [columns["precision"]]
+        return measure(self, columns)
+
+    def watched_call(self, images):
+        seen.setdefault(row[0], []).append(modes())
+        with monkeypatch.context() as patch:
+            patch.setattr(MaskFormer, "core", core)
+            return call(self, images)
+
+    def watched_core(self, images):
+        references.add(modes())
+        return core(self, images)
+
+    monkeypatch.setattr(ledger.Ledger, "_measure", watched_measure)
+    monkeypatch.setattr(TorchBackend, "__call__", watched_call)
+    monkeypatch.setattr(MaskFormer, "core", watched_core)
+    assert run("--backend", "torch", "--precision", "fp32", "tf32", "bf16")[0] == 0
+    expected = {"fp32": (False, False, False), "tf32": (True, True, False), "bf16": (True, True, True)}
+    assert {name: set(values) for name, values in seen.items()} == {k: {v} for k, v in expected.items()}
+    # Tensors to compare with (2 images), time (1) and metrics (3).
+    assert all(len(values) == 6 for values in seen.values())
+    assert references == {expected["fp32"]}, "what the tensors of a row are compared with"
+    assert [switch.allow_tf32 for switch in switches] == [allowed, allowed]
+
+
+@pytest.mark.gpu
+def test_products_and_convolutions_have_the_precision_of_the_row():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(512, 512, generator=generator).cuda() for _ in range(2))
+    image, kernel = (
+        torch.randn(1, 64, 64, 64, generator=generator),
+        torch.randn(64, 64, 3, 3, generator=generator),
+    )
+    image, kernel = image.cuda(), kernel.cuda()
+
+    def results(a, b, image, kernel) -> list[torch.Tensor]:
+        return [a @ b, torch.nn.functional.conv2d(image, kernel)]
+
+    wanted = results(*(x.double() for x in (a, b, image, kernel)))
+    errors = {}
+    for precision in ("fp32", "tf32"):
+        with pytorch_precision(precision, "cuda"):
+            made = results(a, b, image, kernel)
+        errors[precision] = [float((x - y).norm() / y.norm()) for x, y in zip(made, wanted)]
+    assert max(errors["fp32"]) < 1e-5
+    if torch.cuda.get_device_capability() >= (8, 0):  # those before have no TF32
+        assert min(errors["tf32"]) > 1e-4
 
 
 def test_engine_of_all_rows_is_built_once_and_serves_every_size(run, workshop):
