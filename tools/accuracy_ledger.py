@@ -59,6 +59,7 @@ from ledger_join import (
     REFERENCE,
     TABLES,
     beyond_limits,
+    compared_metrics,
     differences,
     joined,
     named,
@@ -151,12 +152,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=COLUMNS,
         metavar="METRIC",
         help=f"exit status 1 where an engine differs from the reference by more than {LIMITS['fp32']} points (fp32, tf32) "
-        f"or {LIMITS['fp16']} (fp16, bf16) in one of these metrics; without names in {', '.join(LIMITED)}",
+        f"or {LIMITS['fp16']} (fp16, bf16) in one of these metrics or lacks it, and where there is no engine; without "
+        f"names in those of {', '.join(LIMITED)} that the config evaluates",
     )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config, after --")
     args = parser.parse_args(argv)
-    if args.limits == []:
-        args.limits = list(LIMITED)
     if args.from_csv:
         if not args.markdown and not args.csv and args.limits is None:
             parser.error("--from-csv only joins files: add --markdown FILE, --csv FILE or --limits")
@@ -373,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.limits is not None:
         wrong += beyond_limits(rows, args.limits)
         if not wrong:
-            print(f"within the limits: {', '.join(args.limits)}")
+            print(f"within the limits: {', '.join(compared_metrics(rows, args.limits))}")
     for text in wrong:
         print(f"accuracy_ledger.py: {text}", file=sys.stderr)
     return 1 if wrong else 0

@@ -192,21 +192,37 @@ def without_reference(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def beyond_limits(rows: Sequence[Row], metrics: Sequence[str]) -> list[str]:
-    """Where engines differ from the reference by more than LIMITS, in words. Rows that failed are not looked at.
+def engine_rows(rows: Iterable[Row]) -> list[Row]:
+    """Rows of engines that were measured."""
+    return [row for row in rows if row["backend"] != "torch" and row["status"] == "ok"]
 
-    A metric that the reference has and the engine lacks, or the reverse, is a difference too.
+
+def compared_metrics(rows: Sequence[Row], metrics: Sequence[str] = ()) -> list[str]:
+    """Those of the metrics (without names of LIMITED) that an engine and its reference both have."""
+    known = references(rows)
+    pairs = [(row, known[place(row)]) for row in engine_rows(rows) if place(row) in known]
+    return [name for name in metrics or LIMITED if any(row[name] and ref[name] for row, ref in pairs)]
+
+
+def beyond_limits(rows: Sequence[Row], metrics: Sequence[str] = ()) -> list[str]:
+    """Where engines differ from the reference by more than LIMITS, in words.
+
+    A metric that the reference has and the engine lacks, or the reverse, is a difference too, and so is nothing to compare:
+    no engine that was measured, or one without any of the metrics. Rows that failed are not looked at.
+
+    Args:
+        metrics: each engine must have them all; without names those of LIMITED that were measured, at least one.
     """
     known = references(rows)
-    wrong = []
-    for row in rows:
-        if row["backend"] == "torch" or row["status"] != "ok":
-            continue
+    engines = engine_rows(rows)
+    wrong = [] if engines else ["no limits were checked: there is no row of an engine that was measured"]
+    for row in engines:
         if place(row) not in known:
             wrong.append(f"{named(row)}: there is no reference to compare with")
             continue
         reference, limit = known[place(row)], LIMITS[row["precision"]]
-        for metric in metrics:
+        lost = []
+        for metric in metrics or LIMITED:
             if bool(row[metric]) != bool(reference[metric]):
                 wrong.append(
                     f"{named(row)}: {metric} is {row[metric] or 'missing'}, PyTorch's {reference[metric] or 'missing'}"
@@ -219,4 +235,8 @@ def beyond_limits(rows: Sequence[Row], metrics: Sequence[str]) -> list[str]:
                     wrong.append(
                         f"{named(row)}: {metric} differs by {difference:+.3f} points{error}, allowed are {limit}"
                     )
+            else:
+                lost.append(metric)
+        if lost and (metrics or len(lost) == len(LIMITED)):
+            wrong.append(f"{named(row)}: nothing to compare, neither it nor PyTorch has {', '.join(lost)}")
     return wrong

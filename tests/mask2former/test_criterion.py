@@ -9,6 +9,8 @@ import torch
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 from detectron2.utils import comm
 
+from mask2former import get_mask2former_cfg
+from mask2former.modeling.criterion import build_criterion
 from mask2former.modeling.targets import prepare_targets
 from tests.golden import mini_cfg, mini_model
 from tests.mask2former.loss_reference import (
@@ -100,6 +102,50 @@ def test_gradients_of_a_whole_model_equal_transformers(monkeypatch):
     for name, a, b in zip(parameters, gradients(ours), gradients(expected)):
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6, name
         assert torch.isfinite(a).all()
+
+
+def test_loss_of_a_config_is_that_of_its_keys(monkeypatch):
+    """Against transformers with the same values, none of which is a default."""
+    pytest.importorskip("transformers", minversion="5.20")
+    keys = {
+        "CLASS_WEIGHT": 2.0,
+        "MASK_WEIGHT": 5.0,
+        "DICE_WEIGHT": 3.0,
+        "NO_OBJECT_WEIGHT": 0.3,
+        "TRAIN_NUM_POINTS": 60,
+        "OVERSAMPLE_RATIO": 2.0,
+        "IMPORTANCE_SAMPLE_RATIO": 0.4,
+        "DEC_LAYERS": 5,
+    }
+    words = [word for key, value in keys.items() for word in (f"MODEL.MASK_FORMER.{key}", value)]
+    criterion = build_criterion(get_mask2former_cfg(opts=words), CLASSES)
+    expected = our_criterion(
+        CLASSES,
+        num_points=60,
+        num_aux_outputs=4,
+        no_object_weight=0.3,
+        oversample_ratio=2.0,
+        importance_sample_ratio=0.4,
+    )
+    assert criterion.weight_dict == expected.weight_dict
+    layers = random_outputs(2, 8, CLASSES, layers=5)
+    targets = random_targets([4, 3], CLASSES)
+    # So that each part of the matcher's cost decides about some pair.
+    for layer in layers:
+        layer["pred_logits"].data.mul_(2)
+        layer["pred_masks"].data.div_(2)
+    points = Points.of(expected, 5, 2, 7)
+    with monkeypatch.context() as patch:
+        left = points.give_ours(patch)
+        losses = criterion(with_aux(layers), targets)
+        assert not left
+    with monkeypatch.context() as patch:
+        left = points.give_theirs(patch)
+        wanted = their_losses(their_criterion(expected), layers, targets)
+        assert not left
+    assert set(losses) == set(wanted) and len(losses) == 15
+    for name in losses:
+        torch.testing.assert_close(losses[name], wanted[name], rtol=1e-5, atol=1e-6)
 
 
 def test_no_object_weighs_less():

@@ -170,7 +170,7 @@ def test_one_batch_is_learnt_by_heart(root, tmp_path):
         history.append(float(total.detach()))
     assert history[0] > 30
     # What is left: the borders of the segments, which are finer than the masks' pixels and of which the losses choose their
-    # points, and the classes of the bare queries, which do not see the image. The next test does without both.
+    # points, and the classes of the bare queries, which do not see the image. The next test: coarse borders, one image.
     assert sum(history[-10:]) / 10 < 0.13 * history[0]
     assert losses["loss_ce"] < 0.05
 
@@ -208,47 +208,44 @@ def drawn_with_rectangles(size: tuple[int, int], parts: dict[int, tuple[int, int
 
 
 @pytest.mark.slow
-def test_loss_of_what_masks_can_represent_falls_to_zero(tmp_path, monkeypatch):
-    """Segments whose borders lie between the cells of the stride-4 masks, and the same classes in all images: the bare
-    queries do not see the image, so theirs is the part of the loss that two different images would keep.
-    """
-    side = 64
+def test_loss_of_one_batch_falls_to_zero(tmp_path):
+    """With the points that training draws. Borders lie between the cells of the stride-4 masks, which can represent them."""
+    side, iterations = 128, 240
     cfg = make_cfg(tmp_path, "MODEL.MASK_FORMER.TRAIN_NUM_POINTS", 1024)
     batch = [
-        drawn_with_rectangles((side, side), {0: (0, 32, 0, 32), 9: (0, 32, 32, 64), 3: (32, 64, 0, 64)}, 1),
-        drawn_with_rectangles((side, side), {0: (0, 64, 0, 20), 9: (0, 44, 20, 64), 3: (44, 64, 20, 64)}, 2),
+        drawn_with_rectangles(
+            (side, side), {0: (0, side, 0, 40), 9: (0, 88, 40, side), 3: (88, side, 40, side)}, 2
+        )
     ]
     torch.manual_seed(0)
     model = build_model(cfg).train()
     optimizer = build_optimizer(cfg, model)
-    first = None
-    for i in range(160):
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 - i / iterations) ** 0.9)
+    history = []
+    for i in range(iterations):
         torch.manual_seed(i)
-        total = sum(model(batch).values())
+        losses = model(batch)
+        total = sum(losses.values())
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        first = first or float(total.detach())
-    # Not zero: most points lie at borders, where a mask changes within four pixels and the annotation within one.
-    assert first > 30 and float(total.detach()) < 0.07 * first
-
-    # In the middle of the masks' cells both are exact, and nothing may be left.
-    middles = (torch.arange(side // 4) + 0.5) / (side // 4)
-    points = torch.stack(torch.meshgrid(middles, middles, indexing="xy"), -1).reshape(1, -1, 2)
-    monkeypatch.setattr(
-        "mask2former.modeling.criterion.uncertain_points",
-        lambda logits, *a: points.expand(len(logits), -1, -1),
-    )
-    monkeypatch.setattr(
-        "mask2former.modeling.matcher.uniform_points", lambda count, *a: points.expand(count, -1, -1)
-    )
-    model.criterion.matcher.num_points = points.shape[1]
-    with torch.no_grad():
-        losses = model(batch)
-    assert len(losses) == 12
+        schedule.step()
+        history.append(float(total.detach()))
+    assert len(losses) == 12 and history[0] > 30
+    # What is left is at borders, where most points are drawn: within a pixel the annotation goes from 0 to 1, and the cross
+    # entropy of a share is not zero. It is weighted with 5, and summed over four layers.
+    assert sum(history[-10:]) / 10 < 0.03 * history[0]
     for name, loss in losses.items():
-        assert loss < 0.02, name
-    assert sum(losses.values()) < 0.003 * first
+        assert loss < 0.25, name
+    assert losses["loss_ce"] < 0.01
+
+    # Points of the whole image have fewer at borders.
+    model.criterion.importance_sample_ratio = 0.0
+    torch.manual_seed(0)
+    with torch.no_grad():
+        evenly = model(batch)
+    assert sum(evenly.values()) < 0.012 * history[0]
+    assert all(evenly[name] < 0.1 for name in evenly if not name.startswith("loss_ce_"))
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:

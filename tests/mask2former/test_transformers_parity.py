@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from mask2former import get_mask2former_cfg
 from mask2former.modeling.transformer_decoder import attention_core
-from tests.golden import config_path, relative_error
+from tests.golden import MINI_MODELS, config_path, mini_cfg, relative_error
+from tests.mask2former.loss_reference import Points
 from tests.mask2former.transformers_mapping import (
     convert_state_dict,
     randomize,
@@ -57,6 +58,8 @@ CASES = [
 FEATURE_TOLERANCE = 1e-5
 # Attention logits of about ten amplify rounding a little in each of nine layers.
 OUTPUT_TOLERANCE = 1e-4
+# Networks in float64, losses in float32.
+GRADIENT_TOLERANCE = 1e-4
 
 
 @dataclass
@@ -78,6 +81,13 @@ class Results:
     pred_masks: list[Tensor]
     blocked: list[Tensor]  # (B, Q, HW) bool, of each decoder layer
 
+    def layers(self) -> list[dict[str, Tensor]]:
+        """Float32 predictions under our names, the last layer's first."""
+        pairs = [
+            (x.to(torch.float32), y.to(torch.float32)) for x, y in zip(self.pred_logits, self.pred_masks)
+        ]
+        return [{"pred_logits": x, "pred_masks": y} for x, y in (pairs[-1], *pairs[:-1])]
+
     def attention_logits(self, layer: int) -> Tensor:
         """The mask logits that a decoder layer attends by: (B, Q, HW)."""
         size = self.levels[layer % 3].shape[-2:]
@@ -88,7 +98,12 @@ class Results:
 @functools.cache
 def build_pair(name: str) -> Pair:
     config, seed = MODELS[name]
-    cfg = get_mask2former_cfg(config_path(config), ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    return make_pair(
+        get_mask2former_cfg(config_path(config), ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]), seed
+    )
+
+
+def make_pair(cfg, seed: int) -> Pair:
     ours = build_model(cfg).eval()
     randomize(ours, seed)
     theirs = transformers_model(cfg)
@@ -117,7 +132,8 @@ def results(request):
     try:
         images = make_images(pair.ours, size)
         with exact_float32():
-            theirs = run_theirs(pair, images)
+            with torch.no_grad():
+                theirs = run_theirs(pair, images)
             return run_ours(pair.ours, images, theirs.blocked), theirs
     finally:
         pair.ours.cpu()
@@ -147,7 +163,6 @@ def exact_float32():
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-@torch.no_grad()
 def run_theirs(pair: Pair, images: Tensor) -> Results:
     blocked = []
 
@@ -175,11 +190,10 @@ def run_theirs(pair: Pair, images: Tensor) -> Results:
     )
 
 
-@torch.no_grad()
-def run_ours(model: nn.Module, images: Tensor, masks: list[Tensor]) -> Results:
-    """Our model, where each decoder layer attends in the mask given for it; its own are in the result."""
-    predictor = model.sem_seg_head.predictor
-    features, decoder_inputs, blocked = [], [], []
+@contextlib.contextmanager
+def attending_in(masks: list[Tensor]):
+    """Have each decoder layer of ours attend in the mask given for it; its own go to the list that this gives."""
+    blocked = []
     make_mask = attention_core.attention_mask
 
     def replace_mask(mask_logits):
@@ -187,19 +201,30 @@ def run_ours(model: nn.Module, images: Tensor, masks: list[Tensor]) -> Results:
         return masks[len(blocked) - 1].unsqueeze(1)
 
     attention_core.attention_mask = replace_mask
+    try:
+        yield blocked
+    finally:
+        attention_core.attention_mask = make_mask
+
+
+@torch.no_grad()
+def run_ours(model: nn.Module, images: Tensor, masks: list[Tensor]) -> Results:
+    """Our model, where each decoder layer attends in the mask given for it; its own are in the result."""
+    predictor = model.sem_seg_head.predictor
+    features, decoder_inputs = [], []
     handles = [
         model.backbone.register_forward_hook(lambda module, args, output: features.append(output)),
         predictor.register_forward_pre_hook(lambda module, args: decoder_inputs.append(args)),
     ]
     try:
-        pred_logits, pred_masks = model.core(images)
-        levels, mask_features = decoder_inputs[0]
-        # The decoder once more, for what it returns in training alone.
-        blocked.clear()
-        predictor.train()
-        earlier = predictor(levels, mask_features)["aux_outputs"]
+        with attending_in(masks) as blocked:
+            pred_logits, pred_masks = model.core(images)
+            levels, mask_features = decoder_inputs[0]
+            # The decoder once more, for what it returns in training alone.
+            blocked.clear()
+            predictor.train()
+            earlier = predictor(levels, mask_features)["aux_outputs"]
     finally:
-        attention_core.attention_mask = make_mask
         predictor.eval()
         for handle in handles:
             handle.remove()
@@ -273,6 +298,77 @@ def test_weights_matter(results):
         assert logits.std(dim=1).mean() > 0.2 * logits.std(), "the queries are alike"
     for logits in theirs.pred_logits[1:]:
         assert (logits[0] - logits[1]).std() > 0.1 * logits.std(), "the image hardly matters"
+
+
+def rectangles(size: tuple[int, int], classes: list[int]) -> dict[str, Tensor]:
+    """Segments of an image."""
+    height, width = size
+    masks = torch.zeros(len(classes), height, width, dtype=torch.bool)
+    for i, mask in enumerate(masks):
+        mask[8 * i : height - 19 * i, 31 * i : 31 * i + width // 3] = True
+    return {"labels": torch.tensor(classes), "masks": masks}
+
+
+@pytest.mark.parametrize("name", MINI_MODELS)
+def test_loss_gives_every_parameter_the_gradient_of_theirs(name, monkeypatch):
+    """From images to the loss, forward and back, by two implementations that share nothing but weights and points.
+
+    The networks compute in float64: in float32 rounding grows to almost a per cent of a gradient on its way to the first
+    layers, in which a small fault could hide.
+    """
+    pair = make_pair(mini_cfg(name, ("MODEL.DEVICE", "cpu", "MODEL.MASK_FORMER.TRAIN_NUM_POINTS", 400)), 0)
+    ours, theirs = pair.ours.double(), pair.theirs.double()
+    for model in (ours, theirs):
+        model.criterion.float()
+    size = (96, 128)
+    images = make_images(ours, size).double()
+    targets = [rectangles(size, [3, 7, 3]), rectangles(size, [0, 12])]
+    points = Points.of(ours.criterion, 4, len(targets), 5)
+
+    results = run_theirs(pair, images)
+    last, *earlier = (
+        {"class_queries_logits": x["pred_logits"], "masks_queries_logits": x["pred_masks"]}
+        for x in results.layers()
+    )
+    with monkeypatch.context() as patch:
+        left = points.give_theirs(patch)
+        their_losses = theirs.get_loss_dict(
+            **last,
+            mask_labels=[t["masks"].float() for t in targets],
+            class_labels=[t["labels"] for t in targets],
+            auxiliary_predictions=earlier,
+        )
+        assert not left
+    theirs.get_loss(their_losses).backward()
+
+    with monkeypatch.context() as patch, attending_in(results.blocked) as blocked:
+        # The pixel decoder asks for float32, as the release's does under autocast.
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        ours.sem_seg_head.predictor.train()
+        outputs = ours._outputs(images)
+    assert len(blocked) == 3 and outputs["pred_masks"].dtype == torch.float64
+    with monkeypatch.context() as patch:
+        left = points.give_ours(patch)
+        losses = ours.criterion(outputs, targets)
+        assert not left
+    total = sum(ours.criterion.weight_dict[name] * loss for name, loss in losses.items())
+    total.backward()
+
+    assert len(losses) == len(their_losses) == 12
+    torch.testing.assert_close(total, sum(their_losses.values()), rtol=1e-5, atol=0)
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    largest = max(float(x.norm()) for x in gradients.values() if x is not None)
+    errors = {}
+    for name, parameter in ours.named_parameters():
+        expected = torch.cat([gradients.pop(key) for key in their_keys(name)])
+        error = (parameter.grad - expected).norm()
+        # A bias of the keys moves all logits of a softmax: its gradient is zero, and both have rounding there.
+        errors[name] = float(error / expected.norm().clamp(min=1e-6 * largest))
+    wrong = {name: error for name, error in errors.items() if not error < GRADIENT_TOLERANCE}
+    assert not wrong
+    # What is no parameter of ours: frozen norms, and a norm that their backbone does not use.
+    buffers = {key for name, _ in ours.named_buffers() if "pixel_" not in name for key in their_keys(name)}
+    assert {name for name, gradient in gradients.items() if gradient is not None} <= buffers
 
 
 def test_layers_have_the_same_constants(pair):

@@ -220,6 +220,12 @@ def transformers_model(cfg) -> nn.Module:
         enforce_input_projection=mask_former.ENFORCE_INPUT_PROJ,
         num_queries=mask_former.NUM_OBJECT_QUERIES,
         no_object_weight=mask_former.NO_OBJECT_WEIGHT,
+        class_weight=mask_former.CLASS_WEIGHT,
+        mask_weight=mask_former.MASK_WEIGHT,
+        dice_weight=mask_former.DICE_WEIGHT,
+        train_num_points=mask_former.TRAIN_NUM_POINTS,
+        oversample_ratio=mask_former.OVERSAMPLE_RATIO,
+        importance_sample_ratio=mask_former.IMPORTANCE_SAMPLE_RATIO,
     )
     model = Mask2FormerForUniversalSegmentation(config).eval()
     # Their own arithmetic: by default their Swin calls the same function of torch as ours.

@@ -11,13 +11,15 @@ from pathlib import Path
 import ledger_evaluation
 import ledger_markdown
 import pytest
+import torch
 from detectron2.data import MetadataCatalog
-from ledger_evaluation import engine_cfg, images_outside, metric_columns
+from ledger_evaluation import engine_cfg, images_outside, metric_columns, pytorch_precision
 from ledger_images import ImageTables
 from measurements import read_rows
 from PIL import Image
 
-from mask2former import get_mask2former_cfg
+from mask2former import MaskFormer, get_mask2former_cfg
+from mask2former.backend import TorchBackend
 from mask2former.data.datasets.catalog import load_panoptic
 from mask2former.data.datasets.shapes import register_shapes
 from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
@@ -118,6 +120,69 @@ def test_metrics_are_those_of_train_net(run, weights, tmp_path, monkeypatch):
     assert float(row["mIoU"]) > 0
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_reference_is_computed_without_tf32(ledger, run, monkeypatch, allowed):
+    """Whatever was allowed before. On a CPU the switches have no effect, but every call of the network can read them."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    for switch in switches:
+        switch.allow_tf32 = allowed  # every test's fixture puts them back
+    row, seen, references = [], {}, set()
+    measure, call, core = ledger.Ledger._measure, TorchBackend.__call__, MaskFormer.core
+
+    def modes() -> tuple[bool, ...]:
+        return (*(switch.allow_tf32 for switch in switches), torch.is_autocast_enabled("cpu"))
+
+    def watched_measure(self, columns):
+        row[:] = [columns["precision"]]
+        return measure(self, columns)
+
+    def watched_call(self, images):
+        seen.setdefault(row[0], []).append(modes())
+        with monkeypatch.context() as patch:
+            patch.setattr(MaskFormer, "core", core)
+            return call(self, images)
+
+    def watched_core(self, images):
+        references.add(modes())
+        return core(self, images)
+
+    monkeypatch.setattr(ledger.Ledger, "_measure", watched_measure)
+    monkeypatch.setattr(TorchBackend, "__call__", watched_call)
+    monkeypatch.setattr(MaskFormer, "core", watched_core)
+    assert run("--backend", "torch", "--precision", "fp32", "tf32", "bf16")[0] == 0
+    expected = {"fp32": (False, False, False), "tf32": (True, True, False), "bf16": (True, True, True)}
+    assert {name: set(values) for name, values in seen.items()} == {k: {v} for k, v in expected.items()}
+    # Tensors to compare with (2 images), time (1) and metrics (3).
+    assert all(len(values) == 6 for values in seen.values())
+    assert references == {expected["fp32"]}, "what the tensors of a row are compared with"
+    assert [switch.allow_tf32 for switch in switches] == [allowed, allowed]
+
+
+@pytest.mark.gpu
+def test_products_and_convolutions_have_the_precision_of_the_row():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(512, 512, generator=generator).cuda() for _ in range(2))
+    image, kernel = (
+        torch.randn(1, 64, 64, 64, generator=generator),
+        torch.randn(64, 64, 3, 3, generator=generator),
+    )
+    image, kernel = image.cuda(), kernel.cuda()
+
+    def results(a, b, image, kernel) -> list[torch.Tensor]:
+        return [a @ b, torch.nn.functional.conv2d(image, kernel)]
+
+    wanted = results(*(x.double() for x in (a, b, image, kernel)))
+    errors = {}
+    for precision in ("fp32", "tf32"):
+        with pytorch_precision(precision, "cuda"):
+            made = results(a, b, image, kernel)
+        errors[precision] = [float((x - y).norm() / y.norm()) for x, y in zip(made, wanted)]
+    assert max(errors["fp32"]) < 1e-5
+    if torch.cuda.get_device_capability() >= (8, 0):  # those before have no TF32
+        # Of a convolution cuDNN may find another kernel faster.
+        assert errors["tf32"][0] > 1e-4
+
+
 def test_engine_of_all_rows_is_built_once_and_serves_every_size(run, workshop):
     words = (
         "--size",
@@ -195,8 +260,59 @@ def row_of(ledger, backend="tensorrt", precision="fp16", **values) -> dict[str, 
 )
 def test_limits_are_those_of_the_precision(ledger, precision, value, good):
     rows = [row_of(ledger, "torch", "fp32", PQ="50.0"), row_of(ledger, precision=precision, PQ=value)]
-    assert (ledger.beyond_limits(rows, ["PQ", "AP"]) == []) is good
-    assert ledger.beyond_limits(rows, ["AP"]) == []
+    assert (ledger.beyond_limits(rows, ["PQ"]) == []) is (ledger.beyond_limits(rows) == []) is good
+
+
+def test_limits_need_an_engine_that_was_measured(ledger):
+    torch_rows = [row_of(ledger, "torch", p, PQ="50.0", AP="9", mIoU="7") for p in ("fp32", "tf32")]
+    failed = row_of(ledger, status="failed: no memory")
+    for rows in ([], torch_rows, [*torch_rows, failed]):
+        for metrics in ([], ["PQ"]):
+            assert ledger.beyond_limits(rows, metrics) == [
+                "no limits were checked: there is no row of an engine that was measured"
+            ]
+
+
+@pytest.mark.parametrize(
+    "names, metrics, lacking",
+    [
+        (("PQ",), [], ""),  # of a config with one task
+        (("PQ",), ["PQ"], ""),
+        (("PQ",), ["PQ", "AP"], "AP"),
+        (("PQ", "mIoU"), ["AP", "AP50"], "AP, AP50"),
+        (("SQ",), [], "PQ, AP, mIoU"),
+        ((), [], "PQ, AP, mIoU"),
+    ],
+)
+def test_limits_need_metrics_that_were_measured(ledger, names, metrics, lacking):
+    values = dict.fromkeys(names, "50.0")
+    every = {**dict.fromkeys(("PQ", "AP", "AP50", "mIoU"), "50.0"), "batch": "4"}
+    rows = [row_of(ledger, "torch", "fp32", **values), row_of(ledger, **values)]
+    # Another engine that has them all does not speak for this one.
+    rows += [row_of(ledger, "torch", "fp32", **every), row_of(ledger, **every)]
+    told = ledger.beyond_limits(rows, metrics)
+    assert len(told) == bool(lacking)
+    if lacking:
+        assert told[0].endswith(f"nothing to compare, neither it nor PyTorch has {lacking}")
+
+
+def test_only_what_was_compared_is_within_the_limits(ledger, tmp_path, capsys):
+    def checked(*rows, limits=()) -> tuple[int, str]:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.csv"
+        file = ledger.MeasurementFile(path, ledger.FIELDS, ())
+        for row in rows:
+            file.add({**row, "min_size": "64", "max_size": "80", "batch": "1"})
+        status = ledger.main(["--from-csv", str(path), "--work", str(tmp_path), "--limits", *limits])
+        printed = capsys.readouterr()
+        return status, next((line for line in printed.out.splitlines() if "within" in line), printed.err)
+
+    reference = row_of(ledger, "torch", "fp32", PQ="50", SQ="60", RQ="70")
+    engine = row_of(ledger, PQ="50", SQ="60", RQ="70")
+    assert checked(reference, engine) == (0, "within the limits: PQ")
+    assert checked(reference, engine, limits=["SQ", "PQ"]) == (0, "within the limits: SQ, PQ")
+    for rows, limits in (((reference,), ()), ((reference, engine), ["AP"])):
+        status, told = checked(*rows, limits=limits)
+        assert status == 1 and told.startswith("accuracy_ledger.py: ")
 
 
 def test_row_without_a_reference_is_not_within_the_limits(ledger):
