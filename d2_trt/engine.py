@@ -46,9 +46,9 @@ class Engine:
                 raise BuildError("the engine does not load:\n  " + "\n  ".join(self._log.errors[-3:]))
             self._auxiliary = PrivateStreams(self.device, self._engine.num_aux_streams)
             if max_graphs:
-                # Recording wants a stream that nobody else uses. PyTorch's streams come from a pool and repeat; few
-                # programs take those of high priority.
-                self._recording = torch.cuda.Stream(priority=-1)
+                # What another owner of the stream does meanwhile would become part of the recording, or break it.
+                self._recorder = PrivateStreams(self.device, 1)
+                self._recording = torch.cuda.ExternalStream(self._recorder.handles[0])
                 size = max(compat.device_memory(self._engine), 1)
                 self._scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
                 self._context = self._new_context()

@@ -138,19 +138,6 @@ def test_engine_replays_with_right_results_at_every_shape(trt, cuda):  # noqa: F
 
 def test_contexts_have_auxiliary_streams_of_the_engines_own(trt, cuda, monkeypatch):  # noqa: F811
     """TensorRT's own would block the legacy stream while a graph is recorded."""
-    made, gone = itertools.count(100), []
-
-    class Driver:
-        @staticmethod
-        def cuStreamCreate(handle, flags):
-            assert flags == 1  # non-blocking
-            handle._obj.value = next(made)
-            return 0
-
-        @staticmethod
-        def cuStreamDestroy_v2(handle):
-            gone.append(handle.value)
-
     contexts = []
     make_context, make_engine = FakeContext.__init__, FakeEngine.__init__
 
@@ -164,26 +151,35 @@ def test_contexts_have_auxiliary_streams_of_the_engines_own(trt, cuda, monkeypat
 
     monkeypatch.setattr(FakeContext, "__init__", context)
     monkeypatch.setattr(FakeEngine, "__init__", with_two_streams)
-    monkeypatch.setattr(streams, "_driver", lambda: Driver)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 30))
     engine = Engine(make_plan(trt), CPU, max_graphs=2)
     for shape in SHAPES[:2] * 2:
         run(engine, shape)
-    assert len(contexts) == 3 and all(context._aux_streams == [100, 101] for context in contexts)
+    made = cuda.driver.made
+    own = [handle for handle in made if handle != engine._recording.cuda_stream]
+    assert len(own) == 2 and len(contexts) == 3 and all(c._aux_streams == own for c in contexts)
     contexts.clear()
+    assert cuda.driver.gone == []
     del engine
     gc.collect()
-    assert gone == [100, 101]
+    assert sorted(cuda.driver.gone) == sorted(made)
 
 
-def test_stream_that_the_driver_refuses_is_an_error(trt, cuda, monkeypatch):  # noqa: F811
-    class Driver:
-        @staticmethod
-        def cuStreamCreate(handle, flags):
-            return 2
+def test_graphs_are_recorded_on_a_stream_of_the_engines_own(trt, cuda):  # noqa: F811
+    """PyTorch's come from pools that everybody takes from."""
+    engine = Engine(make_plan(trt), CPU, max_graphs=1)
+    run(engine, SHAPES[0]), run(engine, SHAPES[0])
+    (recorded_on,) = [entry[1] for entry in cuda.log if entry[0] == "capture"]
+    assert [recorded_on] == cuda.driver.made
+    others = [torch.cuda.Stream(priority=priority) for priority in (0, -1) for _ in range(64)]
+    assert recorded_on not in [stream.cuda_stream for stream in others]
+    assert recorded_on not in cuda.driver.gone
+    del engine
+    gc.collect()
+    assert cuda.driver.gone == [recorded_on]
 
-    monkeypatch.setattr(streams, "_driver", lambda: Driver)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 30))
+
+def test_stream_that_the_driver_refuses_is_an_error(trt, cuda):  # noqa: F811
+    cuda.driver.status = 2
     with pytest.raises(BuildError, match=r"made no stream .* error 2"):
         streams.PrivateStreams(CPU, 1)
 
@@ -213,7 +209,7 @@ def test_calls_wait_for_the_call_before_and_recording_has_its_own_stream(trt, cu
         with torch.cuda.stream(stream):
             run(engine, SHAPES[0])
     (recorded_on,) = [entry[1] for entry in cuda.log if entry[0] == "capture"]
-    assert recorded_on == engine._recording.cuda_stream and engine._recording.priority < 0
+    assert recorded_on == engine._recording.cuda_stream
     log = cuda.log
     for before, after in itertools.pairwise(streams):
         last = max(i for i, e in enumerate(log) if e[:2] == ("record", before.cuda_stream))
@@ -400,6 +396,27 @@ def test_gpu_other_threads_free_tensors_of_the_legacy_stream_meanwhile(gpu_engin
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[-2] == "6 no failure"
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+def test_gpu_stream_that_is_recorded_on_is_nobody_elses(gpu_engine):
+    plan, model = gpu_engine
+    plain, engine = Engine(plan, model.device), Engine(plan, model.device, max_graphs=1)
+    others = [torch.cuda.Stream(priority=priority) for priority in (0, -1) for _ in range(64)]
+    assert engine._recording.cuda_stream not in [stream.cuda_stream for stream in others]
+    # Every stream that another thread can have is at work while the engine records.
+    images = batch(*GPU_SHAPES[0])
+    torch.cuda.synchronize()
+    for stream in others:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(1_000_000)
+    for _ in range(3):
+        actual = engine(images)
+    assert engine.graphs.describe()["captures"] == 1, engine.graphs.describe()
+    for a, e in zip(actual, plain(images), strict=True):
+        assert relative_error(a, e) < 1e-5
+    torch.cuda.synchronize()
 
 
 @pytest.mark.gpu

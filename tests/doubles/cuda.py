@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from d2_trt import streams
 
 from .runtime import FakeContext
 
@@ -25,9 +28,9 @@ class FakeEvent:
 
 
 class FakeStream:
-    def __init__(self, cuda, priority=0):
-        self.cuda, self.priority = cuda, priority
-        self.cuda_stream = next(cuda.numbers)
+    def __init__(self, cuda, handle=None):
+        self.cuda = cuda
+        self.cuda_stream = next(cuda.numbers) if handle is None else handle
 
     def record_event(self):
         event = FakeEvent(self.cuda, self)
@@ -64,6 +67,26 @@ class FakeGraph:
             assert run()
 
 
+class FakeDriver:
+    """CUDA's driver library as far as PrivateStreams uses it: `made` and `gone` are the streams' handles."""
+
+    def __init__(self, cuda):
+        self.numbers = cuda.numbers
+        self.made: list[int] = []
+        self.gone: list[int] = []
+        self.status = 0  # of what is asked for
+
+    def cuStreamCreate(self, handle, flags):
+        assert flags == 1  # non-blocking
+        if self.status == 0:
+            handle._obj.value = next(self.numbers)
+            self.made.append(handle._obj.value)
+        return self.status
+
+    def cuStreamDestroy_v2(self, handle):
+        self.gone.append(handle.value)
+
+
 class FakeCuda:
     """What happened, in order, in `log`; what a graph under capture has recorded, in `recording`."""
 
@@ -74,7 +97,15 @@ class FakeCuda:
         self.captured = 0
         self.fail: Exception | None = None  # raised by work that is recorded
         self.default = FakeStream(self)
+        self.driver = FakeDriver(self)
+        self._pools: dict[int, Iterator[FakeStream]] = {}
         self._current = threading.local()
+
+    def new_stream(self, priority=0):
+        """One of a pool of 32, each in turn, as PyTorch has one for every priority."""
+        if priority not in self._pools:
+            self._pools[priority] = itertools.cycle([FakeStream(self) for _ in range(32)])
+        return next(self._pools[priority])
 
     def current_stream(self, device=None):
         return getattr(self._current, "stream", self.default)
@@ -107,13 +138,16 @@ def cuda_double(monkeypatch) -> FakeCuda:
         "device": lambda device: contextlib.nullcontext(),
         "current_stream": cuda.current_stream,
         "stream": cuda.stream,
-        "Stream": lambda priority=0: FakeStream(cuda, priority),
+        "Stream": cuda.new_stream,
+        "ExternalStream": lambda handle: FakeStream(cuda, handle),
+        "mem_get_info": lambda device=None: (1 << 30, 1 << 30),
         "Event": lambda: FakeEvent(cuda),
         "CUDAGraph": lambda: FakeGraph(cuda),
         "graph_pool_handle": lambda: (0, 1),
         "is_current_stream_capturing": lambda: cuda.recording is not None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(streams, "_driver", lambda: cuda.driver)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     execute = FakeContext.execute_async_v3
 
