@@ -20,6 +20,9 @@ class Engine:
     With graphs, every shape's context works in one block of scratch memory, which is that of an engine without graphs:
     calls never overlap. A graph adds its images and outputs, B * (12 * H * W + 4 * Q * (H * W / 16 + K + 1)) bytes, 31 MiB
     at 800x1088 with 100 queries, and what the driver keeps of its kernels.
+
+    In a capture of the caller's own the kernels become part of that. Its replays work in the engine's memory: the caller
+    keeps the engine alive, and replays and calls apart. The shape must be that of the call before, without graphs.
     """
 
     def __init__(self, plan: bytes, device: torch.device, max_graphs: int = 0):
@@ -94,24 +97,26 @@ class Engine:
         images = images.to(self.device, torch.float32).contiguous()
         with torch.cuda.device(self.device), self._lock:
             stream = torch.cuda.current_stream()
-            if self._last is not None:
+            # Inside a caller's own capture: nothing in it may wait for what is outside, nor the other way round.
+            capturing = torch.cuda.is_current_stream_capturing()
+            if self._last is not None and not capturing:
                 stream.wait_event(self._last)
             try:
-                graph = self._graph_of(images, stream)
+                graph = None if capturing else self._graph_of(images, stream)
                 if graph is not None:
                     outputs = graph(images)
                 else:
                     outputs = self._prepare(self._context, shape)
                     self._enqueue(self._context, images, outputs, stream.cuda_stream)
             finally:  # also what failed half-way may be at work
-                self._last = stream.record_event()
+                if not capturing:
+                    self._last = stream.record_event()
                 images.record_stream(stream)
         return outputs[0], outputs[1]
 
     def _graph_of(self, images: torch.Tensor, stream: torch.cuda.Stream) -> CapturedRun | None:
         """The graph to run these images with, captured now where their shape has come often enough."""
-        # Inside a caller's own capture the kernels become part of that.
-        if self.graphs is None or torch.cuda.is_current_stream_capturing():
+        if self.graphs is None:
             return None
         shape = tuple(images.shape)
         graph = self.graphs.find(shape)

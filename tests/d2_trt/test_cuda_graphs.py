@@ -224,6 +224,45 @@ def test_calls_wait_for_the_call_before_and_recording_has_its_own_stream(trt, cu
     assert ("wait", replayed, done) in log[:first_replay]
 
 
+def test_capture_of_the_callers_own_takes_the_engines_kernels(trt, cuda):  # noqa: F811
+    engine = Engine(make_plan(trt), CPU, max_graphs=1)
+    images = torch.rand(SHAPES[0])
+
+    def capture():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.capture_begin(capture_error_mode="thread_local")
+            outputs = engine(images)
+            graph.capture_end()
+        return graph, outputs
+
+    run(engine, SHAPES[0])
+    captured = [capture() for _ in range(RUNS_TO_REPLACE)]
+    assert engine.graphs.describe()["captures"] == 0
+    run(engine, SHAPES[0])
+    captured.append(capture())  # the shape has a graph now
+    told = engine.graphs.describe()
+    assert told["captures"] == told["replays"] == 1 and not told["failure"]
+    for n, (graph, (total, product)) in enumerate(captured):
+        images.fill_(n + 2)
+        graph.replay()
+        assert torch.equal(total, images + images) and torch.equal(product, images * images)
+    run(engine, SHAPES[0])
+
+
+@pytest.mark.parametrize("graphs", [0, 1])
+def test_images_are_kept_for_the_stream_that_reads_them(trt, cuda, graphs):  # noqa: F811
+    """The caller may let go of them at once: PyTorch gives their memory to the stream that they come from."""
+    engine = Engine(make_plan(trt), CPU, max_graphs=graphs)
+    images = torch.rand(SHAPES[0])
+    for _ in range(3):  # an ordinary run, a capture, a replay
+        cuda.log.clear()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            engine(images)
+        assert ("keep memory", stream.cuda_stream, images.data_ptr()) in cuda.log
+
+
 def test_contexts_share_one_scratch_memory(trt, cuda):  # noqa: F811
     engine = Engine(make_plan(trt), CPU, max_graphs=2)
     contexts = [engine._context]
@@ -417,6 +456,57 @@ def test_gpu_stream_that_is_recorded_on_is_nobody_elses(gpu_engine):
     for a, e in zip(actual, plain(images), strict=True):
         assert relative_error(a, e) < 1e-5
     torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+def test_gpu_capture_of_the_callers_own_takes_the_engines_kernels(gpu_engine):
+    plan, model = gpu_engine
+    plain, engine = Engine(plan, model.device), Engine(plan, model.device, max_graphs=1)
+    images = batch(*GPU_SHAPES[0])
+    engine(images)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = engine(images)
+    told = engine.graphs.describe()
+    assert told["captures"] == told["replays"] == 0 and not told["failure"], told
+    for seed in (1, 2):
+        images.copy_(batch(*GPU_SHAPES[0], seed=seed))
+        graph.replay()
+        for a, e in zip(outputs, plain(images), strict=True):
+            assert relative_error(a, e) < 1e-5, seed
+    for _ in range(2):  # and the engine's own calls go on
+        actual = engine(images)
+    for a, e in zip(actual, plain(images), strict=True):
+        assert relative_error(a, e) < 1e-5
+    assert engine.graphs.describe()["captures"] == 1, engine.graphs.describe()
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+def test_gpu_memory_of_images_that_are_still_read_is_not_given_away(gpu_engine):
+    plan, model = gpu_engine
+    engine, stream = Engine(plan, model.device), torch.cuda.Stream()
+    images = batch(2, 160, 160)
+    expected = [t.clone() for t in engine(images)]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):  # what happens for the first time makes the host wait
+        torch.cuda._sleep(1000)
+        engine(images.clone())
+    torch.zeros_like(images)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(1_000_000_000)  # about half a second
+        actual = engine(images)
+    shape, start, size = images.shape, images.data_ptr(), images.numel() * images.element_size()
+    del images
+    others = [torch.zeros(shape, device=model.device) for _ in range(16)]
+    assert not stream.query(), "the stream was done too early for this test to see anything"
+    assert all(abs(other.data_ptr() - start) >= size for other in others)
+    torch.cuda.synchronize()
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < 1e-5
 
 
 @pytest.mark.gpu

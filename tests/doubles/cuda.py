@@ -19,9 +19,11 @@ class FakeEvent:
     def __init__(self, cuda, stream=None):
         self.cuda, self.stream = cuda, stream
         self.number = next(cuda.numbers)
+        self.graph = cuda.recording_on(stream)  # whose capture it belongs to
 
     def record(self, stream=None):
         self.stream = stream or self.cuda.current_stream()
+        self.graph = self.cuda.recording_on(self.stream)
 
     def synchronize(self):
         self.cuda.log.append(("host waits", self.number))
@@ -38,6 +40,8 @@ class FakeStream:
         return event
 
     def wait_event(self, event):
+        if event.graph is not self.cuda.recording_on(self):
+            raise RuntimeError("a capture and what is outside it cannot wait for each other")
         self.cuda.log.append(("wait", self.cuda_stream, event.number))
 
     def wait_stream(self, other):
@@ -54,7 +58,7 @@ class FakeGraph:
     def capture_begin(self, pool=None, capture_error_mode="global"):
         assert self.cuda.recording is None and self.cuda.current_stream() is not self.cuda.default
         assert capture_error_mode == "thread_local"
-        self.cuda.recording = []
+        self.cuda.recording, self.cuda.recording_stream = [], self.cuda.current_stream()
         self.cuda.log.append(("capture", self.cuda.current_stream().cuda_stream))
 
     def capture_end(self):
@@ -94,12 +98,17 @@ class FakeCuda:
         self.numbers = itertools.count(1)
         self.log: list[tuple] = []
         self.recording: list | None = None
+        self.recording_stream: FakeStream | None = None
         self.captured = 0
         self.fail: Exception | None = None  # raised by work that is recorded
         self.default = FakeStream(self)
         self.driver = FakeDriver(self)
         self._pools: dict[int, Iterator[FakeStream]] = {}
         self._current = threading.local()
+
+    def recording_on(self, stream) -> list | None:
+        """What the capture that a stream is under has recorded."""
+        return self.recording if stream is not None and stream is self.recording_stream else None
 
     def new_stream(self, priority=0):
         """One of a pool of 32, each in turn, as PyTorch has one for every priority."""
@@ -144,11 +153,15 @@ def cuda_double(monkeypatch) -> FakeCuda:
         "Event": lambda: FakeEvent(cuda),
         "CUDAGraph": lambda: FakeGraph(cuda),
         "graph_pool_handle": lambda: (0, 1),
-        "is_current_stream_capturing": lambda: cuda.recording is not None,
+        "is_current_stream_capturing": lambda: cuda.recording_on(cuda.current_stream()) is not None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(streams, "_driver", lambda: cuda.driver)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+
+    def record_stream(tensor, stream):
+        cuda.log.append(("keep memory", stream.cuda_stream, tensor.data_ptr()))
+
+    monkeypatch.setattr(torch.Tensor, "record_stream", record_stream)
     execute = FakeContext.execute_async_v3
 
     def execute_or_record(context, stream_handle):
