@@ -100,6 +100,7 @@ class FakeCuda:
         self.recording: list | None = None
         self.recording_stream: FakeStream | None = None
         self.captured = 0
+        self.total, self.used = 1 << 30, 1 << 20  # bytes of the GPU
         self.fail: Exception | None = None  # raised by work that is recorded
         self.default = FakeStream(self)
         self.driver = FakeDriver(self)
@@ -149,7 +150,9 @@ def cuda_double(monkeypatch) -> FakeCuda:
         "stream": cuda.stream,
         "Stream": cuda.new_stream,
         "ExternalStream": lambda handle: FakeStream(cuda, handle),
-        "mem_get_info": lambda device=None: (1 << 30, 1 << 30),
+        "mem_get_info": lambda device=None: (cuda.total - cuda.used, cuda.total),
+        "memory_reserved": lambda device=None: 0,
+        "empty_cache": lambda: cuda.log.append(("empty cache",)),
         "Event": lambda: FakeEvent(cuda),
         "CUDAGraph": lambda: FakeGraph(cuda),
         "graph_pool_handle": lambda: (0, 1),
