@@ -412,7 +412,8 @@ class TensorRTBackend:
     def _new_engine(self, plan: bytes, shapes: ShapeRange) -> Engine:
         options = self.options
         try:
-            return Engine(plan, self._model.device, options.max_cuda_graphs if options.cuda_graphs else 0)
+            graphs = options.max_cuda_graphs if options.cuda_graphs else 0
+            return Engine(plan, self._model.device, graphs, options.cuda_graph_bytes)
         except (BuildError, torch.cuda.OutOfMemoryError) as error:
             if not is_memory_error(error):
                 raise

@@ -90,6 +90,9 @@ _DEFAULTS = {
             "CUDA_GRAPHS": True,
             # Graphs that an engine keeps; the least recently used size goes first.
             "MAX_CUDA_GRAPHS": 8,
+            # GPU memory that these may take together, in GiB: their images and outputs, and what the driver keeps for them
+            # (other processes that take memory while a graph is captured count for it). 0.0: a twentieth of the GPU's.
+            "CUDA_GRAPH_MEMORY": 0.0,
         },
     },
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import torch
@@ -9,9 +10,12 @@ import torch
 from . import compat
 from .build_failure import NO_CONTEXT
 from .builder import INPUT, OUTPUTS, starting, trt_logger
-from .cuda_graphs import CapturedRun, GraphCache
+from .cuda_graphs import CapturedRun, GraphCache, memory_beside_pytorch
 from .errors import BuildError, EngineShapeError
 from .streams import PrivateStreams
+
+# The part of the GPU's memory that an engine's graphs may take where nothing else is said.
+GRAPHS_SHARE = 20
 
 
 class Engine:
@@ -19,15 +23,20 @@ class Engine:
 
     With graphs, every shape's context works in one block of scratch memory, which is that of an engine without graphs:
     calls never overlap. A graph adds its images and outputs, B * (12 * H * W + 4 * Q * (H * W / 16 + K + 1)) bytes, 31 MiB
-    at 800x1088 with 100 queries, and what the driver keeps of its kernels.
+    at 800x1088 with 100 queries, and what the driver keeps for it. Where that would be more than graphs may take, or more
+    than there is, graphs of other shapes go first.
+
+    In a capture of the caller's own the kernels become part of that. Its replays work in the engine's memory: the caller
+    keeps the engine alive, and replays and calls apart. Before it, an engine without graphs must have run at this shape.
     """
 
-    def __init__(self, plan: bytes, device: torch.device, max_graphs: int = 0):
+    def __init__(self, plan: bytes, device: torch.device, max_graphs: int = 0, max_graph_bytes: int = 0):
         """
         Args:
             plan: the serialized engine.
             device: the GPU that runs it.
             max_graphs: shapes that are kept as CUDA graphs; 0 for no graphs.
+            max_graph_bytes: GPU memory that these may take together; 0 for 1 / GRAPHS_SHARE of the GPU's.
 
         Raises:
             BuildError: the plan does not load: damaged, or of another TensorRT or GPU.
@@ -37,7 +46,7 @@ class Engine:
         compat.register_plugins()  # a plan may refer to them
         self.device = torch.device(device)
         self._log = trt_logger()
-        self.graphs = GraphCache(max_graphs) if max_graphs else None
+        self.graphs: GraphCache | None = None
         with torch.cuda.device(self.device):
             with starting(self._log):
                 self._runtime = trt.Runtime(self._log)
@@ -46,9 +55,12 @@ class Engine:
                 raise BuildError("the engine does not load:\n  " + "\n  ".join(self._log.errors[-3:]))
             self._auxiliary = PrivateStreams(self.device, self._engine.num_aux_streams)
             if max_graphs:
-                # Recording wants a stream that nobody else uses. PyTorch's streams come from a pool and repeat; few
-                # programs take those of high priority.
-                self._recording = torch.cuda.Stream(priority=-1)
+                self.graphs = GraphCache(
+                    max_graphs, max_graph_bytes or torch.cuda.mem_get_info()[1] // GRAPHS_SHARE
+                )
+                # What another owner of the stream does meanwhile would become part of the recording, or break it.
+                self._recorder = PrivateStreams(self.device, 1)
+                self._recording = torch.cuda.ExternalStream(self._recorder.handles[0])
                 size = max(compat.device_memory(self._engine), 1)
                 self._scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
                 self._context = self._new_context()
@@ -94,32 +106,39 @@ class Engine:
         images = images.to(self.device, torch.float32).contiguous()
         with torch.cuda.device(self.device), self._lock:
             stream = torch.cuda.current_stream()
-            if self._last is not None:
+            # Inside a caller's own capture: nothing in it may wait for what is outside, nor the other way round.
+            capturing = torch.cuda.is_current_stream_capturing()
+            if self._last is not None and not capturing:
                 stream.wait_event(self._last)
             try:
-                graph = self._graph_of(images, stream)
+                graph = None if capturing else self._graph_of(images, stream)
                 if graph is not None:
                     outputs = graph(images)
                 else:
                     outputs = self._prepare(self._context, shape)
                     self._enqueue(self._context, images, outputs, stream.cuda_stream)
             finally:  # also what failed half-way may be at work
-                self._last = stream.record_event()
+                if not capturing:
+                    self._last = stream.record_event()
                 images.record_stream(stream)
         return outputs[0], outputs[1]
 
     def _graph_of(self, images: torch.Tensor, stream: torch.cuda.Stream) -> CapturedRun | None:
         """The graph to run these images with, captured now where their shape has come often enough."""
-        # Inside a caller's own capture the kernels become part of that.
-        if self.graphs is None or torch.cuda.is_current_stream_capturing():
+        if self.graphs is None:
             return None
         shape = tuple(images.shape)
         graph = self.graphs.find(shape)
-        if graph is None and self.graphs.wants(shape):
-            graph = self.graphs.add(shape, lambda: self._capture(images, stream), retire=self._wait)
+        if graph is None:
+            nbytes = images.numel() * images.element_size() + self._output_bytes(shape)
+            if self.graphs.wants(shape, nbytes):
+                graph = self.graphs.add(
+                    shape, nbytes, lambda: self._capture(images, stream), retire=self._wait
+                )
         return graph
 
     def _capture(self, images: torch.Tensor, stream: torch.cuda.Stream) -> CapturedRun:
+        before = memory_beside_pytorch()
         context = self._new_context()
         with torch.inference_mode(False), torch.no_grad():  # tensors that any later call may write to
             fixed = torch.empty_like(images).copy_(images)
@@ -127,11 +146,19 @@ class Engine:
         # After the calls before, whose scratch memory it uses, and after what fills the buffers.
         self._recording.wait_stream(stream)
         try:
-            return CapturedRun(
+            run = CapturedRun(
                 lambda handle: self._enqueue(context, fixed, outputs, handle), fixed, outputs, self._recording
             )
         finally:
             stream.wait_stream(self._recording)
+        run.driver_bytes = max(0, memory_beside_pytorch() - before)
+        return run
+
+    def _output_bytes(self, shape: tuple[int, ...]) -> int:
+        """Memory of the outputs for a shape of images."""
+        self._context.set_input_shape(INPUT, shape)
+        sizes = [tuple(self._context.get_tensor_shape(name)) for name in OUTPUTS]
+        return sum(math.prod(size) * torch.finfo(dtype).bits // 8 for size, dtype in zip(sizes, self._dtypes))
 
     def _prepare(self, context, shape: tuple[int, ...]) -> list[torch.Tensor]:
         """Set a context to a shape of images, and make tensors for its outputs."""

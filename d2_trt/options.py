@@ -96,6 +96,7 @@ class TensorRTOptions:
     on_error: str = "raise"
     cuda_graphs: bool = True
     max_cuda_graphs: int = 8
+    cuda_graph_memory: float = 0.0
 
     @classmethod
     def from_cfg(cls, cfg, *, size_divisibility: int | None = None) -> TensorRTOptions:
@@ -139,12 +140,18 @@ class TensorRTOptions:
             on_error=reader.choice("ON_ERROR", ("raise", "torch")),
             cuda_graphs=reader.flag("CUDA_GRAPHS"),
             max_cuda_graphs=reader.integer("MAX_CUDA_GRAPHS", 1),
+            cuda_graph_memory=reader.number("CUDA_GRAPH_MEMORY", least=0.0),
         )
 
     @property
     def workspace_bytes(self) -> int:
         """0 is TensorRT's default."""
         return int(self.workspace * 2**30)
+
+    @property
+    def cuda_graph_bytes(self) -> int:
+        """0 is a share of the GPU's memory."""
+        return math.ceil(self.cuda_graph_memory * 2**30)
 
     def engine_range(self, batch: int, height: int, width: int) -> ShapeRange:
         """The range of the engine that serves a batch of this padded size: `shapes`, or with STATIC this size alone.

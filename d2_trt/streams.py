@@ -38,15 +38,16 @@ class PrivateStreams:
         self.handles: list[int] = []
         if count == 0:
             return
+        self._library = _driver()
         with torch.cuda.device(device):
-            torch.cuda.mem_get_info(device)  # so that the driver has the device's context in this thread
+            torch.cuda.mem_get_info()  # so that the driver has the device's context in this thread
             for _ in range(count):
                 handle = ctypes.c_void_p()
-                status = _driver().cuStreamCreate(ctypes.byref(handle), _NON_BLOCKING)
+                status = self._library.cuStreamCreate(ctypes.byref(handle), _NON_BLOCKING)
                 if status != 0:
-                    raise BuildError(f"CUDA made no stream for the engine's parallel layers: error {status}")
+                    raise BuildError(f"CUDA made no stream for the engine: error {status}")
                 self.handles.append(handle.value)
 
     def __del__(self):
         for handle in getattr(self, "handles", ()):
-            _driver().cuStreamDestroy_v2(ctypes.c_void_p(handle))  # work that is left is done first
+            self._library.cuStreamDestroy_v2(ctypes.c_void_p(handle))  # work that is left is done first

@@ -64,6 +64,7 @@ class Workshop:
         self.timings: list[bytes] = []
         self.deserialized = 0
         self.max_graphs: list[int] = []
+        self.max_graph_bytes: list[int] = []
         self.disturb = lambda logits, masks: (logits, masks)
         self.refused: set[bytes] = set()
         self.fail: Exception | None = None
@@ -84,9 +85,10 @@ class Workshop:
         plan = json.dumps({"number": number, **modes}).encode()
         return plan, BuildReport(engine_bytes=len(plan), layers={"CONVOLUTION": 1}), b"timings"
 
-    def engine(self, plan, device, max_graphs=0):
+    def engine(self, plan, device, max_graphs=0, max_graph_bytes=0):
         self.deserialized += 1
         self.max_graphs.append(max_graphs)
+        self.max_graph_bytes.append(max_graph_bytes)
         plan = bytes(plan)
         if plan in self.refused:
             raise BuildError("the engine does not load:\n  [double] of another driver")

@@ -23,7 +23,7 @@ class InterpretedEngine:
 
     graphs = None
 
-    def __init__(self, plan, device, max_graphs=0):
+    def __init__(self, plan, device, max_graphs=0, max_graph_bytes=0):
         self._engine = compat.tensorrt().Runtime(builder.trt_logger()).deserialize_cuda_engine(plan)
         if self._engine is None:
             raise BuildError("the engine does not load")

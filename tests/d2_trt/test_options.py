@@ -128,6 +128,7 @@ def test_defaults(cfg, monkeypatch):
         on_error="raise",
         cuda_graphs=True,
         max_cuda_graphs=8,
+        cuda_graph_memory=0.0,
     )
 
 
@@ -194,6 +195,9 @@ def test_size_limits(cfg):
     assert options(cfg, CACHE__MAX_GB=1.5).cache.max_bytes == 1.5e9
     assert options(cfg, CACHE__MAX_GB=math.inf).cache.max_bytes == math.inf
     assert options(cfg, WORKSPACE=2).workspace_bytes == 2**31
+    assert options(cfg, CUDA_GRAPH_MEMORY=0.5).cuda_graph_bytes == 2**29
+    # Not 0, which stands for a default.
+    assert options(cfg, CUDA_GRAPH_MEMORY=1e-12).cuda_graph_bytes == 1
 
 
 # Errors
@@ -212,6 +216,8 @@ WRONG = [
     (T_ + "TIMING_CACHE", "yes", "True or False"),
     (T_ + "CUDA_GRAPHS", 0, "True or False"),
     (T_ + "MAX_CUDA_GRAPHS", 0, "a whole number of at least 1"),
+    (T_ + "CUDA_GRAPH_MEMORY", -0.5, "a number of at least 0"),
+    (T_ + "CUDA_GRAPH_MEMORY", math.inf, "a number of at least 0"),
     (T_ + "VERIFY.ENABLED", None, "True or False"),
     (T_ + "MAX_BATCH_SIZE", -1, "a whole number of at least 0 (0 stands for TEST.BATCH_SIZE)"),
     (T_ + "MAX_BATCH_SIZE", 2.0, "a whole number of at least 0"),
@@ -494,6 +500,7 @@ def test_graph_key_changes_with_what_decides_the_engine(cfg, key, value):
         ("ON_OUT_OF_RANGE", "raise"),
         ("CUDA_GRAPHS", False),
         ("MAX_CUDA_GRAPHS", 3),
+        ("CUDA_GRAPH_MEMORY", 1.0),
         ("TIMING_CACHE", False),
         ("CACHE__DIR", "/elsewhere"),
         ("CACHE__MODE", "read"),
