@@ -163,10 +163,10 @@ def test_evaluation_builds_before_its_timing_starts(workshop, drawn, monkeypatch
     # The double keeps the model as it is, with the backend that is building for it.
     monkeypatch.setattr(backend_helpers, "copy", types.SimpleNamespace(deepcopy=lambda model: model))
     if records == "without":
-        read = test_loader.get_detection_dataset_dicts
+        read = test_loader.load_records
         monkeypatch.setattr(
             test_loader,
-            "get_detection_dataset_dicts",
+            "load_records",
             lambda *words, **options: [
                 {k: v for k, v in record.items() if k not in ("height", "width")}
                 for record in read(*words, **options)
