@@ -6,11 +6,14 @@ import csv
 import importlib.util
 from pathlib import Path
 
+import precision_measure
 import pytest
 import torch
 import yaml
 from detectron2.data.detection_utils import read_image
+from ledger_evaluation import pytorch_precision
 from precision_emulation import OperationTimes
+from precision_measure import ALL_BUT
 from precision_strategy import Block, Wanted, find_blocks, ranked, search, shortened
 
 from d2_trt import plugin
@@ -196,7 +199,13 @@ def printed_config(text: str) -> list[str]:
     return node["FP32_MODULES"]
 
 
-def test_set_that_is_found_reaches_what_is_wanted(run, tmp_path, capsys):
+def test_set_that_is_found_reaches_what_is_wanted(run, tmp_path, capsys, monkeypatch):
+    beside = []  # the precision of what is not in half precision
+    monkeypatch.setattr(
+        precision_measure,
+        "pytorch_precision",
+        lambda precision, device: (beside.append(precision), pytorch_precision(precision, device))[1],
+    )
     words = ("--engines", "0", "--precision", "bf16", "--margin", "1")
     status, rows = run(*words)
     out = capsys.readouterr()
@@ -207,7 +216,10 @@ def test_set_that_is_found_reaches_what_is_wanted(run, tmp_path, capsys):
     assert float(good["sign_agreement"]) >= 0.995 and float(good["class_agreement"]) >= 0.99
     assert pins and float(by_pins[""]["sign_agreement"]) < 0.995  # something had to be pinned
     assert {"(everything)", " ".join(BUILT_IN)} <= set(by_pins)
-    alone = [row for row in rows if row["fp32_modules"].startswith("(all but) ")]
+    alone = [row for row in rows if row["fp32_modules"].startswith(ALL_BUT)]
+    assert (
+        len(alone) == beside.count("fp32") and beside.count("tf32") == len(rows) - len(alone) + 1
+    )  # and the times
     assert len(alone) > 15 and all(float(row["block_float32_ms"]) > 0 for row in alone)
     assert all(row["how"] == "emulated" and row["precision"] == "bf16" for row in rows)
     assert float(by_pins["(everything)"]["mask_error"]) == 0
