@@ -31,8 +31,8 @@ def blocks_table(
             ]
         )
     return (
-        f"\nEach block alone in {precision}, all others in exact float32. Agreement with PyTorch in float32: emulated. Times: "
-        "of its operations one by one in PyTorch (on a GPU float32's products in TF32), one image; no engine's.\n\n"
+        f"\nEach block alone in {precision}, all others in exact float32. Agreement with PyTorch in float32: emulated. "
+        "Times: of its operations one by one in PyTorch (on a GPU float32's products in TF32), one image; no engine's.\n\n"
         + _aligned([heads, *rows])
         + "\n"
     )
