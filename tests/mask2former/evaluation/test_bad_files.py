@@ -214,7 +214,10 @@ INSTANCE = r"instances_val.json: annotation \d+ of image 1000002 \(1000002.png\)
             r"instances_val.json: annotation 1 of image \d+ .*another annotation has this id",
         ),
         (("instances", lambda c: c.pop("images")), "instances_val.json has no list of images"),
-        (("instances", lambda c: c.update(annotations=None)), "instances_val.json has no list of annotations"),
+        (
+            ("instances", lambda c: c.update(annotations=None)),
+            "instances_val.json has no list of annotations",
+        ),
         (
             ("instances", lambda c: c["annotations"].insert(2, None)),
             r"instances_val.json: annotations\[2\] is 'None'; allowed: an object",
