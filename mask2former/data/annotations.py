@@ -168,9 +168,19 @@ def check_instances(path: str, content: Any, *, evaluated: bool) -> None:
     Raises:
         AnnotationError: something in it is not what it may be; names the JSON, the image and the annotation.
     """
-    for key in ("images", "categories") if evaluated else ("images", "annotations", "categories"):
+    if evaluated and isinstance(content, Mapping) and "annotations" not in content:
+        content = {**content, "annotations": []}  # the files of a test split name images only
+    for key in ("images", "annotations", "categories"):
         if not isinstance(content, Mapping) or not isinstance(content.get(key), list):
             raise AnnotationError(f"{path} has no list of {key}: it is not in COCO's form of instances")
+        for place, entry in enumerate(content[key]):
+            if not isinstance(entry, Mapping):
+                raise AnnotationError(f"{path}: {key}[{place}] is {str(entry)[:80]!r}; allowed: an object")
+            for name in ("id", "image_id"):
+                if isinstance(entry.get(name), (list, Mapping)):
+                    raise AnnotationError(
+                        f"{path}: {key}[{place}] has the {name} {str(entry[name])[:80]}; allowed: a number or text"
+                    )
     images = {}
     for place, image in enumerate(content["images"]):
         lacking = [key for key in ("id", "file_name", "height", "width") if image.get(key) is None]
@@ -182,7 +192,7 @@ def check_instances(path: str, content: Any, *, evaluated: bool) -> None:
         images[image["id"]] = image
     categories = [category.get("id") for category in content["categories"]]
     seen: set[Any] = set()
-    for place, annotation in enumerate(content.get("annotations", ())):
+    for place, annotation in enumerate(content["annotations"]):
         image = images.get(annotation.get("image_id"))
         name = f" ({image['file_name']})" if image else ""
         where = (

@@ -91,11 +91,6 @@ class WholeFileCheckpointer(NamingCheckpointer):
         except (OSError, ValueError):
             return 0
 
-    def forget_evaluation(self) -> None:
-        """Undo `tag_evaluation`."""
-        if self.path_manager.exists(self._evaluation_file):
-            self.path_manager.rm(self._evaluation_file)
-
     @property
     def _evaluation_file(self) -> str:
         return os.path.join(self.save_dir, "last_evaluation")

@@ -19,9 +19,9 @@ class EvalHook(hooks.EvalHook):
 
     def before_train(self):
         trainer, start = self.trainer, self.trainer.start_iter
-        if start == 0 and comm.is_main_process():
-            # Of another training in this folder.
-            trainer.checkpointer.forget_evaluation()
+        if comm.is_main_process() and trainer.checkpointer.last_evaluation() > start:
+            # Of another training in this folder, or behind the checkpoint that this one went back to.
+            trainer.checkpointer.tag_evaluation(start)
         # That after the last iteration runs without this, whether or not it was resumed there.
         if not 0 < start < trainer.max_iter or self._period <= 0 or start % self._period:
             return

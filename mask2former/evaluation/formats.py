@@ -49,6 +49,11 @@ def with_evaluation_formats(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
+# Places in a flat confusion matrix, and the pixels there. An image has some tens of pairs of classes, the matrix thousands,
+# with ADE20K's 847 classes hundreds of thousands; and images are kept in files while an evaluation runs.
+_Confusion = tuple[np.ndarray, np.ndarray]
+
+
 class _Labels:
     """Labels where an evaluator takes the argmax of scores."""
 
@@ -124,8 +129,8 @@ class SemSegEvaluator(WholeFilesMixin, PerImageMixin, _SemSegEvaluator):
 
     def examine(
         self, image: Mapping[str, Any], fetched: Tensor
-    ) -> tuple[np.ndarray, np.ndarray | None, list]:
-        """Confusion matrix (K + 1, K + 1), that of the boundaries where detectron2 has one, and the masks as JSON.
+    ) -> tuple[_Confusion, _Confusion | None, list]:
+        """Confusion, that of the boundaries where detectron2 has one, and the masks as JSON.
 
         Raises:
             AnnotationError: a semantic map that is missing, damaged, of another size than the prediction, or with labels
@@ -157,18 +162,19 @@ class SemSegEvaluator(WholeFilesMixin, PerImageMixin, _SemSegEvaluator):
             boundaries = self._confusion(*(one.ravel()[starts] for one in maps), lengths)
         return confusion, boundaries, self.encode_json_sem_seg(predicted, image["file_name"])
 
-    def add(self, examined: tuple[np.ndarray, np.ndarray | None, list]) -> None:
+    def add(self, examined: tuple[_Confusion, _Confusion | None, list]) -> None:
         confusion, boundaries, predictions = examined
-        self._conf_matrix += confusion
+        _add_confusion(self._conf_matrix, confusion)
         if boundaries is not None:
-            self._b_conf_matrix += boundaries
+            _add_confusion(self._b_conf_matrix, boundaries)
         self._predictions.extend(predictions)
 
-    def _confusion(self, predicted: np.ndarray, true: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Pixels of each predicted (rows) and true class (K + 1, K + 1), K for none, from runs of them (n,)."""
-        size = self._num_classes + 1
-        pairs = size * predicted.astype(np.int64) + true
-        return np.bincount(pairs, weights=lengths, minlength=size * size).astype(np.int64).reshape(size, size)
+    def _confusion(self, predicted: np.ndarray, true: np.ndarray, lengths: np.ndarray) -> _Confusion:
+        """Of predicted (rows) and true classes, 0 .. K, K for none, from runs of them (n,)."""
+        pairs = (self._num_classes + 1) * predicted.astype(np.int64) + true
+        pixels = np.bincount(pairs, weights=lengths)
+        places = np.flatnonzero(pixels)
+        return places, pixels[places].astype(np.int64)
 
     def encode_json_sem_seg(self, sem_seg: np.ndarray, input_file_name: str) -> list[dict]:
         """detectron2's, from one pass over the map."""
@@ -183,6 +189,11 @@ class SemSegEvaluator(WholeFilesMixin, PerImageMixin, _SemSegEvaluator):
             rle["counts"] = rle["counts"].decode("ascii")
             json_list.append({"file_name": input_file_name, "category_id": dataset_id, "segmentation": rle})
         return json_list
+
+
+def _add_confusion(matrix: np.ndarray, confusion: _Confusion) -> None:
+    places, pixels = confusion
+    matrix.reshape(-1)[places] += pixels  # a place comes once
 
 
 class LVISSegEvaluator(WholeFilesMixin, RLEMixin, LVISEvaluator):

@@ -104,12 +104,13 @@ def evaluate_model(cfg: CfgNode, model: nn.Module, *, resume: bool | None = None
             logger.info("Evaluation results for %s in csv format:", name)
             print_csv_format(results[name])
     backend = describe_backend(model, None if unfinished is None else earlier_runners)
+    if comm.is_main_process():
+        logger.info("The network was run by %s", backend["backend"])
+        save_results(path, {**results, "backend": backend})
+        logger.info("Saved the results to %s", path)
+    forget_images(unfinished)
     if not comm.is_main_process():
         return OrderedDict()
-    logger.info("The network was run by %s", backend["backend"])
-    save_results(path, {**results, "backend": backend})
-    logger.info("Saved the results to %s", path)
-    forget_images(unfinished)
     return results[names[0]] if len(names) == 1 else results
 
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -26,8 +27,9 @@ logger = logging.getLogger(__name__)
 
 FOLDER = ".unfinished"
 _PART = ".part-"
-# What a crash costs at most; what evaluators keep of 5 s of a fast model is some tens of MB.
+# What a crash costs at most, and what is written in one piece: the model waits meanwhile.
 _SECONDS = 5.0
+_MOST_BYTES = 8_000_000
 _DIGEST_SIZE = 32
 # Results do not depend on these.
 _FREE = ("DATALOADER.NUM_WORKERS", "OUTPUT_DIR", "TEST.EVALUATION_THREADS")
@@ -53,13 +55,14 @@ class KeptImages:
         """
         self._folder = os.path.join(folder, quote(name, safe=""), str(comm.get_rank()))
         os.makedirs(self._folder, exist_ok=True)
-        self._files = sorted(n for n in os.listdir(self._folder) if not n.startswith(_PART))
+        self._files = sorted(n for n in os.listdir(self._folder) if n.isdigit())
         self._total = total
         self._runner = runner
         self._images_before = Counter(runner().get("images", {}))
         self.earlier, self.earlier_runners = self._read(batch_size)
         self._done = len(self.earlier)
-        self._waiting: list[tuple[list, dict | None]] = []
+        self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
         self._written_at = time.monotonic()
         self._usable = True
 
@@ -80,26 +83,33 @@ class KeptImages:
             examined: what each evaluator keeps of it.
             runner: `batch_runner` of its batch, for the first image of one; else None.
         """
-        self._waiting.append((examined, runner))
-        if time.monotonic() - self._written_at >= _SECONDS:
+        if not self._usable:
+            return
+        # Here, and not of many at once: the GPU is busy with the next images.
+        self._waiting.append(pickle.dumps((examined, runner), protocol=pickle.HIGHEST_PROTOCOL))
+        self._waiting_bytes += len(self._waiting[-1])
+        if time.monotonic() - self._written_at >= _SECONDS or self._waiting_bytes >= _MOST_BYTES:
             self.flush()
 
     def flush(self) -> None:
         """Write what is not in a file yet."""
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         self._written_at = time.monotonic()
-        if not waiting or not self._usable:
+        if not waiting:
             return
         content = pickle.dumps((self._done, waiting), protocol=pickle.HIGHEST_PROTOCOL)
         try:
             handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=_PART)
             with os.fdopen(handle, "wb") as file:
-                file.write(_digest(content) + content)
+                file.write(_digest(content))
+                file.write(content)
             self._files.append(f"{int(self._files[-1]) + 1 if self._files else 0:08d}")
             os.replace(temporary, os.path.join(self._folder, self._files[-1]))
         except OSError as error:
             logger.warning("a crash from here on loses this evaluation (%s)", error)
             self._usable = False
+            # A disk that is full needs the room for the results.
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._done += len(waiting)
 
     def _read(self, batch_size: int) -> tuple[list[list], list[dict]]:
@@ -114,7 +124,7 @@ class KeptImages:
             start, images = pickle.loads(content)
             if start <= len(kept):
                 # An evaluation that went on took whole batches over, and did the rest of one again.
-                kept[start:] = images
+                kept[start:] = map(pickle.loads, images)
         if len(kept) < self._total:
             del kept[len(kept) - len(kept) % batch_size :]
         return [examined for examined, _ in kept], [runner for _, runner in kept if runner is not None]
@@ -139,31 +149,36 @@ def keep_images(
     # Processes may differ, in their GPUs for one; all of them begin anew then.
     everyone = comm.all_gather(fingerprint(cfg, model, records))
     own = os.path.join(folder, FOLDER, hashlib.sha256("".join(everyone).encode()).hexdigest()[:32])
-    if comm.is_main_process():
+    if comm.get_local_rank() == 0:  # of each machine: they need not share the folder
         others = _others(own)
-        if resume and others and not os.path.isdir(own):
+        if comm.is_main_process() and resume and others and not os.path.isdir(own):
             logger.warning(
-                "--resume: the evaluation that did not come to its end here was of other weights, data or keys, or had "
-                "another number of processes: this one begins anew"
+                "--resume: the evaluation that did not come to its end here was of other weights, data, keys or code, or "
+                "had another number of processes: this one begins anew"
             )
         for path in others if resume else [*others, own]:
             shutil.rmtree(path, ignore_errors=True)
-        os.makedirs(own, exist_ok=True)
     comm.synchronize()
-    os.makedirs(own, exist_ok=True)  # on machines that do not share the folder
+    os.makedirs(own, exist_ok=True)
     return own
 
 
 def forget_images(own: str | None) -> None:
-    """Remove a folder of `keep_images`, with those beside it; after the evaluation."""
-    if own is not None:
+    """Remove a folder of `keep_images`, with those beside it, when the main process is here and has saved the results.
+
+    All processes must call it.
+    """
+    if own is None:
+        return
+    comm.synchronize()
+    if comm.get_local_rank() == 0:
         shutil.rmtree(os.path.dirname(own), ignore_errors=True)
 
 
 def fingerprint(cfg: CfgNode, model: nn.Module, records: dict[str, Sequence[dict]]) -> str:
-    """Of all that an evaluation's results depend on: weights, keys, records, files of images and truth, versions, GPU.
+    """Of all that an evaluation's results depend on: weights, keys, records, images, truth, this code, versions, GPU.
 
-    Files count by their sizes and times, not their contents.
+    Images and truth count by the sizes and times of their files, not their contents.
     """
     found = hashlib.sha256()
 
@@ -179,6 +194,10 @@ def fingerprint(cfg: CfgNode, model: nn.Module, records: dict[str, Sequence[dict
             node = node[parent]
         del node[name]
     add([cfg.dump(), type(model).__qualname__, torch.__version__, detectron2.__version__])
+    package = Path(__file__).parents[1]
+    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".so")):
+        add(str(path.relative_to(package)))
+        found.update(path.read_bytes())
     devices = set()
     for name, tensor in model.state_dict().items():
         devices.add(torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -218,6 +219,21 @@ def test_evaluation_that_came_to_its_end_is_not_run_again(root, tmp_path, monkey
     assert second.start_iter == 2
     second.train()
     assert [run.iterations for run in runs] == [[1], [3, 6]]
+
+
+def test_evaluation_behind_a_checkpoint_that_was_gone_back_to_does_not_count(root, tmp_path, monkeypatch):
+    cfg = make_cfg(tmp_path, *EVALUATED)
+    runs = [Evaluations(), Evaluations(crash=1), Evaluations()]
+    monkeypatch.setattr("mask2former.engine.trainer.evaluate_model", runs[0])
+    new_trainer(cfg).train()
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    for run, at in zip(runs[1:], (2, 4)):
+        monkeypatch.setattr("mask2former.engine.trainer.evaluate_model", run)
+        trainer = new_trainer(cfg, resume=True)
+        assert trainer.start_iter == at
+        with pytest.raises(RuntimeError, match="power failure") if run.crash else contextlib.nullcontext():
+            trainer.train()
+    assert [run.iterations for run in runs] == [[1, 3, 6], [], [3, 6]]
 
 
 class Kill(HookBase):

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as mask_util
 
 from mask2former import get_mask2former_cfg
 from mask2former.data import build_train_loader
-from mask2former.data.annotations import undrawn
+from mask2former.data.annotations import check_instances, check_panoptic, undrawn
 from mask2former.data.datasets.shapes import register_shapes
 from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
 from mask2former.data.errors import AnnotationError
@@ -211,3 +212,62 @@ def test_segments_that_a_map_does_not_show():
     told = [{"id": 3}, {"id": 4}, {"id": 7, "area": 0}, {"id": 8, "area": 0}, {"id": 9, "area": 5}]
     assert undrawn(ids, told) == [4, 9]
     assert undrawn(np.zeros((0, 4), int), [{"id": 0}]) == [0]
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_what_real_files_hold_is_accepted(evaluated):
+    mask = np.zeros((12, 10), np.uint8, order="F")
+    mask[3:5, 2:9] = 1
+    rle = mask_util.encode(mask)
+    annotations = {
+        # COCO's annotation 918: a point, without an area
+        "COCO": [
+            {"area": 0.0, "bbox": [6.65, 8.33, 1.03, 0.0], "segmentation": [[6.65, 8.33, 6.65, 8.33] * 2]},
+            # outside of the image, by parts of a pixel
+            {"area": 50.5, "bbox": [0, 0, 10, 12], "segmentation": [[-0.2, 0, 10.01, 0, 10.01, 12.3]]},
+            # a crowd; a run of length 0 is first where the first pixel is set
+            {
+                "area": 7,
+                "bbox": [0, 0, 1, 7],
+                "iscrowd": 1,
+                "segmentation": {"counts": [0, 7, 113], "size": [12, 10]},
+            },
+        ],
+        # the release's script for ADE20K
+        "ADE20K": [
+            {
+                "area": 14,
+                "bbox": [2, 3, 7, 2],
+                "segmentation": {"size": [12, 10], "counts": rle["counts"].decode("utf-8")},
+            }
+        ],
+    }
+    for image_id, mine in zip((139, "ADE_val_00000001"), annotations.values()):
+        content = {
+            "images": [{"id": image_id, "file_name": "a.jpg", "height": 12, "width": 10}],
+            "categories": [{"id": 0, "name": "bed"}],
+            "annotations": [
+                {"id": i, "image_id": image_id, "category_id": 0, "iscrowd": 0, **one}
+                for i, one in enumerate(mine, start=1)
+            ],
+        }
+        check_instances("instances.json", content, evaluated=evaluated)
+    if evaluated:
+        # COCO's image_info_test-dev2017.json
+        check_instances("test.json", {k: content[k] for k in ("images", "categories")}, evaluated=True)
+    # Cityscapes: a class without instances, a group of one with, and an instance; void has no segment.
+    segments = [(7, 7, 0), (26, 26, 1), (26001, 26, 0)]
+    check_panoptic(
+        "cityscapes.json",
+        [
+            {
+                "image_id": "frankfurt_000000_000294",
+                "file_name": "a.png",
+                "segments_info": [
+                    {"id": i, "category_id": c, "area": 9, "bbox": [0, 0, 3, 3], "iscrowd": crowd}
+                    for i, c, crowd in segments
+                ],
+            },
+            {"image_id": "frankfurt_000000_000576", "file_name": "b.png", "segments_info": []},
+        ],
+    )

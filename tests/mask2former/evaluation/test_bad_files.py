@@ -214,6 +214,18 @@ INSTANCE = r"instances_val.json: annotation \d+ of image 1000002 \(1000002.png\)
             r"instances_val.json: annotation 1 of image \d+ .*another annotation has this id",
         ),
         (("instances", lambda c: c.pop("images")), "instances_val.json has no list of images"),
+        (
+            ("instances", lambda c: c.update(annotations=None)),
+            "instances_val.json has no list of annotations",
+        ),
+        (
+            ("instances", lambda c: c["annotations"].insert(2, None)),
+            r"instances_val.json: annotations\[2\] is 'None'; allowed: an object",
+        ),
+        (
+            ("instances", lambda c: c["images"][1].update(id=[1])),
+            r"instances_val.json: images\[1\] has the id \[1\]; allowed: a number or text",
+        ),
     ],
 )
 def test_annotations_that_cannot_be_compared_are_named(good_root, tmp_path, damage, message):

@@ -153,7 +153,7 @@ def test_only_images_of_the_same_evaluation_are_taken_over(cfg, make_oracle, own
         evaluate_model(cfg, model, resume=True)
     same = change is nothing
     assert sum(map(len, model.seen)) == (NUM_IMAGES - 6 if same else NUM_IMAGES)
-    assert ("was of other weights, data or keys" in caplog.text) != same
+    assert ("was of other weights, data, keys or code" in caplog.text) != same
 
 
 def test_damaged_file_ends_what_is_taken_over(cfg, make_oracle, monkeypatch, caplog):
@@ -176,14 +176,31 @@ def test_damaged_file_ends_what_is_taken_over(cfg, make_oracle, monkeypatch, cap
 def test_disk_that_is_full_does_not_end_the_evaluation(cfg, make_oracle, monkeypatch, caplog):
     monkeypatch.setattr(kept_images, "_SECONDS", 0.0)
 
-    def full(*args, **kwargs):
-        raise OSError("No space left on device")
+    replace, written, left = os.replace, [], []
+
+    def full(source, target):
+        if kept_images.FOLDER in target:
+            if len(written) == 2:
+                raise OSError("No space left on device")
+            written.append(target)
+        replace(source, target)
 
     expected = evaluate_model(cfg, Failing(make_oracle()))
-    monkeypatch.setattr(kept_images.tempfile, "mkstemp", full)
-    monkeypatch.setattr("mask2former.evaluation.inference.save_results", lambda *_: None)
+    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(
+        "mask2former.evaluation.inference.save_results", lambda *_: left.extend(kept_files(cfg))
+    )
     assert repr(evaluate_model(cfg, Failing(make_oracle()), resume=False)) == repr(expected)
     assert caplog.text.count("a crash from here on loses this evaluation (No space left on device)") == 1
+    # They make room for the results.
+    assert len(written) == 2 and left == []
+
+
+def test_much_is_written_before_the_time_is_over(cfg, make_oracle, monkeypatch):
+    cfg.TEST.EVALUATION_THREADS = 0
+    monkeypatch.setattr(kept_images, "_MOST_BYTES", 1)
+    crash(cfg, make_oracle(), 5)
+    assert len(kept_files(cfg)) == 4
 
 
 def test_data_set_that_was_done_is_not_run_again(cfg, make_oracle, shapes):
@@ -291,6 +308,35 @@ def test_two_processes_go_on_each_with_its_own(cfg, make_oracle, shapes):
     assert (one["seen"], other["seen"]) == (7 - 2, 6 - 3)
 
 
+def _machine(rank: int, port: int, root: str, cfg) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    try:
+        comm._LOCAL_PROCESS_GROUP = [torch.distributed.new_group([i]) for i in range(2)][rank]
+        register_shapes(root, "evaltest")
+        cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/{rank}"
+        crash(cfg, Oracle("evaltest", 2), 3)
+        model = Failing(Oracle("evaltest", 2))
+        evaluate_model(cfg, model, resume=False)
+        left = Path(cfg.OUTPUT_DIR, "inference", kept_images.FOLDER).exists()
+        torch.save({"seen": len(model.seen), "left": left}, f"{cfg.OUTPUT_DIR}/told.pth")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_machines_that_share_no_folder_begin_anew_and_keep_nothing(cfg, shapes):
+    cfg.TEST.EVALUATION_THREADS = 0
+    root = Path(MetadataCatalog.get(f"{shapes}_val_panoptic").json_file).parents[1]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_machine, (port, str(root), cfg), nprocs=2)
+    told = [torch.load(f"{cfg.OUTPUT_DIR}/{rank}/told.pth") for rank in range(2)]
+    assert told == [{"seen": 7, "left": False}, {"seen": 6, "left": False}]
+
+
 def test_remote_files_are_not_told_apart(cfg, shapes, caplog):
     records = {f"{shapes}_val_panoptic": [{"file_name": "s3://bucket/1.jpg"}]}
     with caplog.at_level(logging.INFO):
@@ -313,3 +359,14 @@ def test_fingerprint_is_of_each_weight(cfg, shapes, device):
     assert len(found) == 1 + len(model.state_dict())
     found.add(kept_images.fingerprint(cfg, model.half(), records))
     assert len(found) == 2 + len(model.state_dict())
+
+
+def test_fingerprint_is_of_the_code(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(kept_images, "__file__", str(tmp_path / "evaluation" / "kept_images.py"))
+    model = nn.Linear(1, 1)
+    before = kept_images.fingerprint(cfg, model, {})
+    (tmp_path / "notes.txt").write_text("")
+    assert kept_images.fingerprint(cfg, model, {}) == before
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "ap.py").write_text("ap = 1")
+    assert kept_images.fingerprint(cfg, model, {}) != before
