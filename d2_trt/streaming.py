@@ -19,6 +19,7 @@ import dataclasses
 import queue
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Iterator
 from os import PathLike, fspath
@@ -164,7 +165,7 @@ class _Pipeline:
         self._files: queue.SimpleQueue = queue.SimpleQueue()
         self._read: queue.SimpleQueue = queue.SimpleQueue()
         self._done: queue.SimpleQueue = queue.SimpleQueue()
-        self._stopping = threading.Event()
+        self._stopping = False
         self._started: torch.cuda.Event | None = None
         self._reader = self._thread("reader", self._guard, self._read_all, self._read)
         self._runner = self._thread("runner", self._guard, self._run_all, self._done)
@@ -185,7 +186,7 @@ class _Pipeline:
         try:
             self._reader.start()
             self._runner.start()
-            while (batch := self._done.get()) is not _END and not self._stopping.is_set():
+            while (batch := self._done.get()) is not _END and not self._stopping:
                 if isinstance(batch, BaseException):
                     raise batch
                 for result in self._finish(batch):
@@ -193,7 +194,7 @@ class _Pipeline:
                     if isinstance(result, ImageError) and on_error == "raise":
                         raise result
                     yield result
-            if self._stopping.is_set():  # not by this generator, which would not be here any more
+            if self._stopping:  # not by this generator, which would not be here any more
                 raise D2TRTError("the stream was closed before its last image, since the process ends")
         finally:
             self._close()
@@ -228,14 +229,14 @@ class _Pipeline:
                 )
         except Exception as error:
             if len(batch.images) == 1:
-                return [_image_error(batch.images[0].index, batch.images[0].name, error)]
-            return [result for image in batch.one_by_one() for result in self._finish(image)]
+                return [_image_error(batch.images[0].index, batch.images[0].name, _let_go(error))]
+        return [result for image in batch.one_by_one() for result in self._finish(image)]
 
     def _close(self) -> None:
         """Stop the threads. What is at work is waited for, but no longer than CLOSE_SECONDS."""
-        if self._stopping.is_set():
+        if self._stopping:
             return
-        self._stopping.set()
+        self._stopping = True
         for waited_for in (self._permits, self._files, self._read):
             waited_for.put(_END)
         deadline = time.monotonic() + CLOSE_SECONDS
@@ -267,7 +268,7 @@ class _Pipeline:
             for index in range(2**63):
                 if index >= self._prefetch:
                     self._permits.get()
-                if self._stopping.is_set():
+                if self._stopping:
                     return
                 pixels: concurrent.futures.Future = concurrent.futures.Future()
                 try:
@@ -294,7 +295,7 @@ class _Pipeline:
             self._files.put(_END)
 
     def _decode_all(self) -> None:
-        while (read := self._files.get()) is not _END and not self._stopping.is_set():
+        while (read := self._files.get()) is not _END and not self._stopping:
             self._jobs[threading.current_thread()] = f"the reading of {_which(read.index, read.name)}"
             try:
                 read.pixels.set_result(_decode(read.name))
@@ -305,7 +306,7 @@ class _Pipeline:
 
     def _wait(self, pixels: concurrent.futures.Future) -> bool:
         """Wait until an image is read; False where the stream is closed meanwhile."""
-        while not self._stopping.is_set():
+        while not self._stopping:
             if concurrent.futures.wait([pixels], _POLL_SECONDS).done:
                 return True
         return False
@@ -326,7 +327,7 @@ class _Pipeline:
                     image = runner.load(read)
                 except BaseException as error:
                     self._run(runner, batch)
-                    self._done.put(_Failed(read.index, read.name, error))
+                    self._done.put(_Failed(read.index, read.name, _let_go(error)))
                     batch = []
                     continue
                 if batch and batch[0].padded_size != image.padded_size:
@@ -340,16 +341,18 @@ class _Pipeline:
 
     def _run(self, runner: _Runner, batch: list[_Loaded]) -> None:
         """Run a batch; where it fails, its images one by one, so that the error is that of the image that causes it."""
-        if not batch or self._stopping.is_set():
+        if not batch or self._stopping:
             return
         try:
             self._done.put(runner.run(batch))
+            return
         except Exception as error:
             if len(batch) == 1:
-                self._done.put(_Failed(batch[0].index, batch[0].name, error))
+                self._done.put(_Failed(batch[0].index, batch[0].name, _let_go(error)))
                 return
-            for image in batch:
-                self._run(runner, [image])
+        # The error is gone, and with it the frames that held the batch's memory, which may be what did not suffice.
+        for image in batch:
+            self._run(runner, [image])
 
 
 class _Runner:
@@ -401,6 +404,12 @@ def _decode(path: str) -> np.ndarray:
 
 def _which(index: int, name: str) -> str:
     return f"image {index} ({name})" if name else f"image {index}"
+
+
+def _let_go(error: BaseException) -> BaseException:
+    """An error that was just caught, without what its frames hold: images on the GPU, as long as the caller keeps it."""
+    traceback.clear_frames(error.__traceback__)
+    return error.with_traceback(error.__traceback__.tb_next)  # from below this module's frame, which is at work still
 
 
 def _image_error(index: int, name: str, cause: Exception) -> ImageError:
