@@ -69,8 +69,8 @@ class CapturedRun:
                     self._graph.capture_end()
                 except BaseException:
                     # Otherwise what waits for the stream would become part of the recording.
-                    if torch.cuda.is_current_stream_capturing():
-                        with contextlib.suppress(RuntimeError):  # broken too; the reason is the first error
+                    with contextlib.suppress(RuntimeError):  # broken too; the reason is the first error
+                        if torch.cuda.is_current_stream_capturing():
                             self._graph.capture_end()
                     _end_allocations(images.device, pool)
                     raise

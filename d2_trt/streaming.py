@@ -409,7 +409,8 @@ def _which(index: int, name: str) -> str:
 def _let_go(error: BaseException) -> BaseException:
     """An error that was just caught, without what its frames hold: images on the GPU, as long as the caller keeps it."""
     traceback.clear_frames(error.__traceback__)
-    return error.with_traceback(error.__traceback__.tb_next)  # from below this module's frame, which is at work still
+    # From below the frame that caught it, which is at work still.
+    return error.with_traceback(error.__traceback__.tb_next)
 
 
 def _image_error(index: int, name: str, cause: Exception) -> ImageError:

@@ -508,7 +508,9 @@ def test_interrupt_leaves_no_stream_recording(trt, cuda, monkeypatch, method):  
 
 def test_context_of_a_failed_capture_goes_when_the_gpu_is_done(trt, cuda, monkeypatch):  # noqa: F811
     engine = Engine(make_plan(trt), CPU, max_graphs=1)
-    monkeypatch.setattr(FakeContext, "__del__", lambda self: cuda.log.append(("context goes",)), raising=False)
+    monkeypatch.setattr(
+        FakeContext, "__del__", lambda self: cuda.log.append(("context goes",)), raising=False
+    )
     cuda.fail = torch.cuda.OutOfMemoryError  # the class: an error that nobody keeps
     run(engine, SHAPES[0]), run(engine, SHAPES[0])
     gone = cuda.log.index(("context goes",))
@@ -825,11 +827,15 @@ def test_gpu_memory_of_graphs_that_went_comes_back(gpu_engine, monkeypatch):
         return engine.graphs.describe()["captures"]
 
     captures = replace_all(3)
-    before = driver_memory()
-    captures = replace_all(20) - captures
-    grown = driver_memory() - before
-    assert captures == 80 and len(engine.graphs.describe()["shapes"]) == 2, engine.graphs.describe()
-    assert grown <= 32 * MIB, f"{grown / MIB:.1f} MiB more after {captures} captures"
+    for _ in range(3):  # other processes may take memory meanwhile; a leak would be there each time
+        before, captures_before = driver_memory(), captures
+        captures = replace_all(20)
+        grown = driver_memory() - before
+        assert captures - captures_before == 80, engine.graphs.describe()
+        if grown <= 32 * MIB:
+            break
+    assert len(engine.graphs.describe()["shapes"]) == 2, engine.graphs.describe()
+    assert grown <= 32 * MIB, f"{grown / MIB:.1f} MiB more after 80 captures"
 
 
 @pytest.mark.gpu
@@ -844,20 +850,23 @@ def test_gpu_graphs_keep_within_their_bytes(gpu_engine):
     assert len(told["shapes"]) == len(inputs) and not told["failure"], told
     limit = sum(run.nbytes - run.driver_bytes for run in measure.graphs._runs.values()) // 2
     del measure
-    engine = Engine(plan, model.device, max_graphs=len(inputs), max_graph_bytes=limit)
-    for images in inputs:
-        engine(images)
-    before = driver_memory()
-    for _ in range(2 * RUNS_TO_REPLACE):
+    for _ in range(3):  # as above
+        engine = Engine(plan, model.device, max_graphs=len(inputs), max_graph_bytes=limit)
         for images in inputs:
             engine(images)
-    taken = driver_memory() - before
-    told = engine.graphs.describe()
-    about = f"{told}; limit {limit / MIB:.1f} MiB, the driver gave {taken / MIB:.1f} MiB"
-    assert 1 <= len(told["shapes"]) < len(inputs) and not told["failure"], about
-    assert engine.graphs.nbytes <= limit or len(told["shapes"]) == 1, about
-    # The driver gives 2 MiB and more at a time.
-    assert taken <= engine.graphs.nbytes + 32 * MIB, about
+        before = driver_memory()
+        for _ in range(2 * RUNS_TO_REPLACE):
+            for images in inputs:
+                engine(images)
+        taken = driver_memory() - before
+        told, nbytes = engine.graphs.describe(), engine.graphs.nbytes
+        del engine
+        about = f"{told}; limit {limit / MIB:.1f} MiB, the driver gave {taken / MIB:.1f} MiB"
+        assert 1 <= len(told["shapes"]) < len(inputs) and not told["failure"], about
+        assert nbytes <= limit or len(told["shapes"]) == 1, about
+        if taken <= nbytes + 32 * MIB:  # the driver gives 2 MiB and more at a time
+            break
+    assert taken <= nbytes + 32 * MIB, about
 
 
 @pytest.mark.gpu
