@@ -13,7 +13,6 @@ in one of these threads too: what it shares with them are SimpleQueues, which be
 from __future__ import annotations
 
 import atexit
-import concurrent.futures
 import contextlib
 import dataclasses
 import queue
@@ -51,11 +50,19 @@ _UPLOADS = 3  # pinned buffers
 
 @dataclasses.dataclass
 class _Read:
-    """An image that was asked for: its place, its name for messages, and its pixels to come."""
+    """An image that was asked for: its place, its name for messages, and a queue for its pixels when it is read."""
 
     index: int
     name: str
-    pixels: concurrent.futures.Future
+    pixels: queue.SimpleQueue
+
+
+@dataclasses.dataclass
+class _Pixels:
+    """What reading an image gave: anything, or an error."""
+
+    value: Any = None
+    error: BaseException | None = None
 
 
 @dataclasses.dataclass
@@ -270,13 +277,13 @@ class _Pipeline:
                     self._permits.get()
                 if self._stopping:
                     return
-                pixels: concurrent.futures.Future = concurrent.futures.Future()
+                pixels: queue.SimpleQueue = queue.SimpleQueue()
                 try:
                     image = next(self._images)
                 except StopIteration:
                     return
                 except BaseException as error:
-                    pixels.set_exception(error)
+                    pixels.put(_Pixels(error=error))
                     self._read.put(_Read(index, "", pixels))
                     return
                 if isinstance(image, (str, PathLike)):
@@ -288,7 +295,7 @@ class _Pipeline:
                         decoders += 1
                     self._files.put(read)
                 else:
-                    pixels.set_result(image)
+                    pixels.put(_Pixels(image))
                     read = _Read(index, "", pixels)
                 self._read.put(read)
         finally:
@@ -298,18 +305,18 @@ class _Pipeline:
         while (read := self._files.get()) is not _END and not self._stopping:
             self._jobs[threading.current_thread()] = f"the reading of {_which(read.index, read.name)}"
             try:
-                read.pixels.set_result(_decode(read.name))
+                read.pixels.put(_Pixels(_decode(read.name)))
             except BaseException as error:
-                read.pixels.set_exception(error)
+                read.pixels.put(_Pixels(error=error))
             del read  # the pixels, which waiting for the next file would keep
         self._files.put(_END)  # for the other decoders
 
-    def _wait(self, pixels: concurrent.futures.Future) -> bool:
-        """Wait until an image is read; False where the stream is closed meanwhile."""
+    def _wait(self, read: _Read) -> _Pixels | None:
+        """Wait until an image is read; None where the stream is closed meanwhile."""
         while not self._stopping:
-            if concurrent.futures.wait([pixels], _POLL_SECONDS).done:
-                return True
-        return False
+            with contextlib.suppress(queue.Empty):
+                return read.pixels.get(timeout=_POLL_SECONDS)
+        return None
 
     def _run_all(self) -> None:
         device = self._model.device
@@ -322,9 +329,9 @@ class _Pipeline:
                     stream.wait_event(self._started)
             runner = _Runner(self._predictor, *streams)
             batch: list[_Loaded] = []
-            while (read := self._read.get()) is not _END and self._wait(read.pixels):
+            while (read := self._read.get()) is not _END and (pixels := self._wait(read)) is not None:
                 try:
-                    image = runner.load(read)
+                    image = runner.load(read, pixels)
                 except BaseException as error:
                     self._run(runner, batch)
                     self._done.put(_Failed(read.index, read.name, _let_go(error)))
@@ -368,19 +375,21 @@ class _Runner:
         self._upload, self._compute = upload, compute
         self._ring = None if upload is None else PinnedRing(self._model.device, _UPLOADS)
 
-    def load(self, read: _Read) -> _Loaded:
+    def load(self, read: _Read, pixels: _Pixels) -> _Loaded:
         """Upload and resize an image, on the upload stream."""
-        pixels = read.pixels.result()
-        if not isinstance(pixels, np.ndarray):
+        if pixels.error is not None:
+            raise pixels.error
+        image = pixels.value
+        if not isinstance(image, np.ndarray):
             raise TypeError(
-                f"got a {type(pixels).__name__}; expected a NumPy array (height, width, channels) or a path"
+                f"got a {type(image).__name__}; expected a NumPy array (height, width, channels) or a path"
             )
-        if pixels.ndim != 3:
+        if image.ndim != 3:
             raise ValueError(
-                f"got an array of shape {pixels.shape}; expected (height, width, channels), channels in BGR order"
+                f"got an array of shape {image.shape}; expected (height, width, channels), channels in BGR order"
             )
         with _stream(self._upload):
-            inputs = self._predictor.load(pixels, self._ring)
+            inputs = self._predictor.load(image, self._ring)
         image = inputs["image"]
         if self._compute is not None and image.is_cuda:
             self._compute.wait_stream(self._upload)
