@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -61,17 +62,16 @@ class CapturedRun:
         with torch.cuda.stream(stream):
             enqueue(stream.cuda_stream)  # sets up and loads what must not be set up or loaded while recording
             with _no_garbage_collection():
-                # thread_local: calls of other threads (allocations, another build) neither fail nor end the recording.
-                self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
-                    try:
-                        enqueue(stream.cuda_stream)
-                    except BaseException:
-                        with contextlib.suppress(RuntimeError):  # broken too; the reason is the first error
-                            self._graph.capture_end()
-                        raise
+                    # thread_local: calls of other threads (allocations, another build) neither fail nor end the recording.
+                    self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                    enqueue(stream.cuda_stream)
                     self._graph.capture_end()
-                except RuntimeError:
+                except BaseException:
+                    # Otherwise what waits for the stream would become part of the recording.
+                    with contextlib.suppress(RuntimeError):  # broken too; the reason is the first error
+                        if torch.cuda.is_current_stream_capturing():
+                            self._graph.capture_end()
                     _end_allocations(images.device, pool)
                     raise
 
@@ -100,16 +100,21 @@ def _end_allocations(device: torch.device, pool) -> None:
             end(device.index, pool)
 
 
+# Engines record one after the other: the end of a recording must not switch collections on for another thread's.
+_recordings = threading.Lock()
+
+
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     """A collection may free what another part left to it: CUDA memory and graphs, which breaks a recording."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    with _recordings:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
 def memory_beside_pytorch() -> int:

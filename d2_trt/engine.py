@@ -149,6 +149,9 @@ class Engine:
             run = CapturedRun(
                 lambda handle: self._enqueue(context, fixed, outputs, handle), fixed, outputs, self._recording
             )
+        except BaseException:
+            self._recording.synchronize()  # the context goes with the error, and may be at work
+            raise
         finally:
             stream.wait_stream(self._recording)
         run.driver_bytes = max(0, memory_beside_pytorch() - before)

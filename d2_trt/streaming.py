@@ -13,12 +13,12 @@ in one of these threads too: what it shares with them are SimpleQueues, which be
 from __future__ import annotations
 
 import atexit
-import concurrent.futures
 import contextlib
 import dataclasses
 import queue
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Iterator
 from os import PathLike, fspath
@@ -50,11 +50,19 @@ _UPLOADS = 3  # pinned buffers
 
 @dataclasses.dataclass
 class _Read:
-    """An image that was asked for: its place, its name for messages, and its pixels to come."""
+    """An image that was asked for: its place, its name for messages, and a queue for its pixels when it is read."""
 
     index: int
     name: str
-    pixels: concurrent.futures.Future
+    pixels: queue.SimpleQueue
+
+
+@dataclasses.dataclass
+class _Pixels:
+    """What reading an image gave: anything, or an error."""
+
+    value: Any = None
+    error: BaseException | None = None
 
 
 @dataclasses.dataclass
@@ -164,7 +172,7 @@ class _Pipeline:
         self._files: queue.SimpleQueue = queue.SimpleQueue()
         self._read: queue.SimpleQueue = queue.SimpleQueue()
         self._done: queue.SimpleQueue = queue.SimpleQueue()
-        self._stopping = threading.Event()
+        self._stopping = False
         self._started: torch.cuda.Event | None = None
         self._reader = self._thread("reader", self._guard, self._read_all, self._read)
         self._runner = self._thread("runner", self._guard, self._run_all, self._done)
@@ -185,7 +193,7 @@ class _Pipeline:
         try:
             self._reader.start()
             self._runner.start()
-            while (batch := self._done.get()) is not _END and not self._stopping.is_set():
+            while (batch := self._done.get()) is not _END and not self._stopping:
                 if isinstance(batch, BaseException):
                     raise batch
                 for result in self._finish(batch):
@@ -193,7 +201,7 @@ class _Pipeline:
                     if isinstance(result, ImageError) and on_error == "raise":
                         raise result
                     yield result
-            if self._stopping.is_set():  # not by this generator, which would not be here any more
+            if self._stopping:  # not by this generator, which would not be here any more
                 raise D2TRTError("the stream was closed before its last image, since the process ends")
         finally:
             self._close()
@@ -228,14 +236,14 @@ class _Pipeline:
                 )
         except Exception as error:
             if len(batch.images) == 1:
-                return [_image_error(batch.images[0].index, batch.images[0].name, error)]
-            return [result for image in batch.one_by_one() for result in self._finish(image)]
+                return [_image_error(batch.images[0].index, batch.images[0].name, _let_go(error))]
+        return [result for image in batch.one_by_one() for result in self._finish(image)]
 
     def _close(self) -> None:
         """Stop the threads. What is at work is waited for, but no longer than CLOSE_SECONDS."""
-        if self._stopping.is_set():
+        if self._stopping:
             return
-        self._stopping.set()
+        self._stopping = True
         for waited_for in (self._permits, self._files, self._read):
             waited_for.put(_END)
         deadline = time.monotonic() + CLOSE_SECONDS
@@ -267,15 +275,15 @@ class _Pipeline:
             for index in range(2**63):
                 if index >= self._prefetch:
                     self._permits.get()
-                if self._stopping.is_set():
+                if self._stopping:
                     return
-                pixels: concurrent.futures.Future = concurrent.futures.Future()
+                pixels: queue.SimpleQueue = queue.SimpleQueue()
                 try:
                     image = next(self._images)
                 except StopIteration:
                     return
                 except BaseException as error:
-                    pixels.set_exception(error)
+                    pixels.put(_Pixels(error=error))
                     self._read.put(_Read(index, "", pixels))
                     return
                 if isinstance(image, (str, PathLike)):
@@ -287,28 +295,28 @@ class _Pipeline:
                         decoders += 1
                     self._files.put(read)
                 else:
-                    pixels.set_result(image)
+                    pixels.put(_Pixels(image))
                     read = _Read(index, "", pixels)
                 self._read.put(read)
         finally:
             self._files.put(_END)
 
     def _decode_all(self) -> None:
-        while (read := self._files.get()) is not _END and not self._stopping.is_set():
+        while (read := self._files.get()) is not _END and not self._stopping:
             self._jobs[threading.current_thread()] = f"the reading of {_which(read.index, read.name)}"
             try:
-                read.pixels.set_result(_decode(read.name))
+                read.pixels.put(_Pixels(_decode(read.name)))
             except BaseException as error:
-                read.pixels.set_exception(error)
+                read.pixels.put(_Pixels(error=error))
             del read  # the pixels, which waiting for the next file would keep
         self._files.put(_END)  # for the other decoders
 
-    def _wait(self, pixels: concurrent.futures.Future) -> bool:
-        """Wait until an image is read; False where the stream is closed meanwhile."""
-        while not self._stopping.is_set():
-            if concurrent.futures.wait([pixels], _POLL_SECONDS).done:
-                return True
-        return False
+    def _wait(self, read: _Read) -> _Pixels | None:
+        """Wait until an image is read; None where the stream is closed meanwhile."""
+        while not self._stopping:
+            with contextlib.suppress(queue.Empty):
+                return read.pixels.get(timeout=_POLL_SECONDS)
+        return None
 
     def _run_all(self) -> None:
         device = self._model.device
@@ -321,12 +329,12 @@ class _Pipeline:
                     stream.wait_event(self._started)
             runner = _Runner(self._predictor, *streams)
             batch: list[_Loaded] = []
-            while (read := self._read.get()) is not _END and self._wait(read.pixels):
+            while (read := self._read.get()) is not _END and (pixels := self._wait(read)) is not None:
                 try:
-                    image = runner.load(read)
+                    image = runner.load(read, pixels)
                 except BaseException as error:
                     self._run(runner, batch)
-                    self._done.put(_Failed(read.index, read.name, error))
+                    self._done.put(_Failed(read.index, read.name, _let_go(error)))
                     batch = []
                     continue
                 if batch and batch[0].padded_size != image.padded_size:
@@ -340,16 +348,18 @@ class _Pipeline:
 
     def _run(self, runner: _Runner, batch: list[_Loaded]) -> None:
         """Run a batch; where it fails, its images one by one, so that the error is that of the image that causes it."""
-        if not batch or self._stopping.is_set():
+        if not batch or self._stopping:
             return
         try:
             self._done.put(runner.run(batch))
+            return
         except Exception as error:
             if len(batch) == 1:
-                self._done.put(_Failed(batch[0].index, batch[0].name, error))
+                self._done.put(_Failed(batch[0].index, batch[0].name, _let_go(error)))
                 return
-            for image in batch:
-                self._run(runner, [image])
+        # The error is gone, and with it the frames that held the batch's memory, which may be what did not suffice.
+        for image in batch:
+            self._run(runner, [image])
 
 
 class _Runner:
@@ -365,19 +375,21 @@ class _Runner:
         self._upload, self._compute = upload, compute
         self._ring = None if upload is None else PinnedRing(self._model.device, _UPLOADS)
 
-    def load(self, read: _Read) -> _Loaded:
+    def load(self, read: _Read, pixels: _Pixels) -> _Loaded:
         """Upload and resize an image, on the upload stream."""
-        pixels = read.pixels.result()
-        if not isinstance(pixels, np.ndarray):
+        if pixels.error is not None:
+            raise pixels.error
+        image = pixels.value
+        if not isinstance(image, np.ndarray):
             raise TypeError(
-                f"got a {type(pixels).__name__}; expected a NumPy array (height, width, channels) or a path"
+                f"got a {type(image).__name__}; expected a NumPy array (height, width, channels) or a path"
             )
-        if pixels.ndim != 3:
+        if image.ndim != 3:
             raise ValueError(
-                f"got an array of shape {pixels.shape}; expected (height, width, channels), channels in BGR order"
+                f"got an array of shape {image.shape}; expected (height, width, channels), channels in BGR order"
             )
         with _stream(self._upload):
-            inputs = self._predictor.load(pixels, self._ring)
+            inputs = self._predictor.load(image, self._ring)
         image = inputs["image"]
         if self._compute is not None and image.is_cuda:
             self._compute.wait_stream(self._upload)
@@ -401,6 +413,13 @@ def _decode(path: str) -> np.ndarray:
 
 def _which(index: int, name: str) -> str:
     return f"image {index} ({name})" if name else f"image {index}"
+
+
+def _let_go(error: BaseException) -> BaseException:
+    """An error that was just caught, without what its frames hold: images on the GPU, as long as the caller keeps it."""
+    traceback.clear_frames(error.__traceback__)
+    # From below the frame that caught it, which is at work still.
+    return error.with_traceback(error.__traceback__.tb_next)
 
 
 def _image_error(index: int, name: str, cause: Exception) -> ImageError:

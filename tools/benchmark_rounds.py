@@ -125,6 +125,7 @@ def _run_case(group: list[_Member], case: int, batch: int, args, report: Report,
                 {**member.columns, "batch": batch, "image": _case_name(args, case)},
                 f"{error}{hint}",
             )
+            _forget(member)  # what it had made by then
             continue
         note = joined_notes(member.columns["note"], told["columns"].get("note"))
         prepared.append((member, {**member.columns, **told["columns"], "note": note}, told["stages"]))

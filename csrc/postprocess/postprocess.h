@@ -2,8 +2,8 @@
 // and semantic scores. What they compute, and the order of the calls, is in mask2former/postprocessing_cuda.py.
 //
 // Every launcher only enqueues, after it has checked what the host can see: std::invalid_argument says which argument is not
-// allowed, std::runtime_error that CUDA refuses. Pointers are to device memory unless said otherwise; `work` and `report` are laid out as
-// in layout.h, one row of words() for each image.
+// allowed, std::runtime_error that CUDA refuses. Pointers are to device memory unless said otherwise; `work` and `report` are
+// laid out as in layout.h, one row of words() for each image.
 #pragma once
 
 #include <cuda_runtime.h>

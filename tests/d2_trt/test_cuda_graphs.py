@@ -7,6 +7,7 @@ import itertools
 import logging
 import subprocess
 import sys
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from d2_trt.cuda_graphs import RUNS_TO_REPLACE, CapturedRun, GraphCache
 from d2_trt.engine import Engine
 from d2_trt.errors import BuildError
 from tests.d2_trt.backend_helpers import make_backend, workshop  # noqa: F401
+from tests.doubles.cuda import FakeGraph
 from tests.doubles.cuda import cuda_double as cuda  # noqa: F401
 from tests.doubles.fixtures import trt_double as trt  # noqa: F401
 from tests.doubles.runtime import FakeContext, FakeEngine
@@ -353,6 +355,32 @@ def test_garbage_waits_until_recording_is_over(cuda, request, enabled):  # noqa:
     assert freed_while_recording == [False]
 
 
+def test_end_of_a_recording_starts_no_collections_in_another_threads():
+    inside, leave, other_inside, over = (threading.Event() for _ in range(4))
+    collects = []
+
+    def first():
+        with cuda_graphs._no_garbage_collection():
+            inside.set()
+            leave.wait(10)
+
+    def second():
+        with cuda_graphs._no_garbage_collection():
+            other_inside.set()
+            over.wait(10)
+            collects.append(gc.isenabled())
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(first)
+        assert inside.wait(10)
+        pool.submit(second)
+        other_inside.wait(0.2)
+        leave.set()
+        one.result(10)
+        over.set()
+    assert collects == [False] and gc.isenabled()
+
+
 def test_modes_of_the_first_caller_do_not_bind_later_ones(trt, cuda):  # noqa: F811
     engine = Engine(make_plan(trt), CPU, max_graphs=1)
     with torch.inference_mode():
@@ -456,6 +484,38 @@ def test_capture_that_fails_leaves_the_ordinary_path(trt, cuda, caplog, monkeypa
     assert cuda.recording is None and len(caplog.records) == 1
     assert "not permitted" in engine.graphs.describe()["failure"]
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("method", ["capture_begin", "capture_end"])
+def test_interrupt_leaves_no_stream_recording(trt, cuda, monkeypatch, method):  # noqa: F811
+    """Ctrl-C comes anywhere; what waits for a stream that still records would be recorded too."""
+    engine = Engine(make_plan(trt), CPU, max_graphs=1)
+    run(engine, SHAPES[0])
+    original = getattr(FakeGraph, method)
+
+    def interrupted(graph, *args, **kwargs):
+        monkeypatch.setattr(FakeGraph, method, original)
+        if method == "capture_begin":
+            original(graph, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeGraph, method, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine(torch.rand(SHAPES[0]))
+    assert cuda.recording is None and gc.isenabled()
+    run(engine, SHAPES[0])
+
+
+def test_context_of_a_failed_capture_goes_when_the_gpu_is_done(trt, cuda, monkeypatch):  # noqa: F811
+    engine = Engine(make_plan(trt), CPU, max_graphs=1)
+    monkeypatch.setattr(
+        FakeContext, "__del__", lambda self: cuda.log.append(("context goes",)), raising=False
+    )
+    cuda.fail = torch.cuda.OutOfMemoryError  # the class: an error that nobody keeps
+    run(engine, SHAPES[0]), run(engine, SHAPES[0])
+    gone = cuda.log.index(("context goes",))
+    worked = cuda.log.index(("enqueue", engine._recording.cuda_stream))
+    assert ("host waits for stream", engine._recording.cuda_stream) in cuda.log[worked:gone]
 
 
 def test_engine_goes_on_capturing_after_memory_ran_out(trt, cuda):  # noqa: F811
@@ -767,11 +827,15 @@ def test_gpu_memory_of_graphs_that_went_comes_back(gpu_engine, monkeypatch):
         return engine.graphs.describe()["captures"]
 
     captures = replace_all(3)
-    before = driver_memory()
-    captures = replace_all(20) - captures
-    grown = driver_memory() - before
-    assert captures == 80 and len(engine.graphs.describe()["shapes"]) == 2, engine.graphs.describe()
-    assert grown <= 32 * MIB, f"{grown / MIB:.1f} MiB more after {captures} captures"
+    for _ in range(3):  # other processes may take memory meanwhile; a leak would be there each time
+        before, captures_before = driver_memory(), captures
+        captures = replace_all(20)
+        grown = driver_memory() - before
+        assert captures - captures_before == 80, engine.graphs.describe()
+        if grown <= 32 * MIB:
+            break
+    assert len(engine.graphs.describe()["shapes"]) == 2, engine.graphs.describe()
+    assert grown <= 32 * MIB, f"{grown / MIB:.1f} MiB more after 80 captures"
 
 
 @pytest.mark.gpu
@@ -786,20 +850,23 @@ def test_gpu_graphs_keep_within_their_bytes(gpu_engine):
     assert len(told["shapes"]) == len(inputs) and not told["failure"], told
     limit = sum(run.nbytes - run.driver_bytes for run in measure.graphs._runs.values()) // 2
     del measure
-    engine = Engine(plan, model.device, max_graphs=len(inputs), max_graph_bytes=limit)
-    for images in inputs:
-        engine(images)
-    before = driver_memory()
-    for _ in range(2 * RUNS_TO_REPLACE):
+    for _ in range(3):  # as above
+        engine = Engine(plan, model.device, max_graphs=len(inputs), max_graph_bytes=limit)
         for images in inputs:
             engine(images)
-    taken = driver_memory() - before
-    told = engine.graphs.describe()
-    about = f"{told}; limit {limit / MIB:.1f} MiB, the driver gave {taken / MIB:.1f} MiB"
-    assert 1 <= len(told["shapes"]) < len(inputs) and not told["failure"], about
-    assert engine.graphs.nbytes <= limit or len(told["shapes"]) == 1, about
-    # The driver gives 2 MiB and more at a time.
-    assert taken <= engine.graphs.nbytes + 32 * MIB, about
+        before = driver_memory()
+        for _ in range(2 * RUNS_TO_REPLACE):
+            for images in inputs:
+                engine(images)
+        taken = driver_memory() - before
+        told, nbytes = engine.graphs.describe(), engine.graphs.nbytes
+        del engine
+        about = f"{told}; limit {limit / MIB:.1f} MiB, the driver gave {taken / MIB:.1f} MiB"
+        assert 1 <= len(told["shapes"]) < len(inputs) and not told["failure"], about
+        assert nbytes <= limit or len(told["shapes"]) == 1, about
+        if taken <= nbytes + 32 * MIB:  # the driver gives 2 MiB and more at a time
+            break
+    assert taken <= nbytes + 32 * MIB, about
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import weakref
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def predictor(shared, monkeypatch):
 
 def threads(kind: str = "") -> list[str]:
     """The streams' threads of a kind, after those that are about to end had the time."""
-    for _ in range(100):
+    for _ in range(500):
         names = [t.name for t in threading.enumerate() if t.name.startswith(f"d2_trt stream {kind}")]
         if not names:
             break
@@ -210,6 +211,31 @@ def test_network_that_fails_is_blamed_on_its_image_alone(predictor):
     assert [isinstance(r, ImageError) for r in results] == [False, True, False, False]
     assert "does not like" in str(results[1])
     assert [shape[0] for shape in predictor.model.backend.batches] == [4, 1, 1, 1, 1]
+
+
+def test_errors_hold_no_images(predictor):
+    """Neither those that are kept, nor that of a batch while its images run one by one: memory may be what it is about."""
+    backend = predictor.model.backend
+    seen: list[weakref.ref] = []
+    alive = []
+
+    def fail(images):
+        alive.append(sum(image() is not None for image in seen))
+        seen.append(weakref.ref(images))
+        raise RuntimeError("out of memory")
+
+    predictor.model.backend = fail
+    gc.disable()  # no collection is needed for it
+    try:
+        errors = list(predictor.stream([flat(n) for n in range(4)], batch_size=4, on_error="return"))
+        assert len(seen) == 5 and alive == [0] * 5
+        assert threads() == [] and all(image() is None for image in seen)
+    finally:
+        gc.enable()
+        predictor.model.backend = backend
+    for error in errors:
+        assert error.__cause__.__context__ is None  # the batch's says nothing of an image
+        assert traceback.extract_tb(error.__cause__.__traceback__)[-1].name == "fail"
 
 
 @pytest.fixture

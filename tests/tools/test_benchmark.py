@@ -52,6 +52,17 @@ def timed(rows: list[dict]) -> list[dict]:
     return [row for row in rows if not row["error"] and not row["stage"].startswith("ceiling")]
 
 
+def tells_memory(row: dict) -> bool:
+    """Whether a row has figures of memory, all of them; there is none where the GPU was seen to be used by others."""
+    figures = [row[name] for name in ("resident_mib", "peak_mib", "weights_mib")]
+    if "memory is not told: it fell by" in row["note"]:
+        assert not any(figures), row
+        return False
+    peak, resident, weights = float(row["peak_mib"]), float(row["resident_mib"]), float(row["weights_mib"])
+    assert peak >= resident >= weights > 0, row
+    return True
+
+
 @pytest.mark.slow
 def test_sizes_batches_precisions_and_stages(run, capsys):
     status, rows = run(
@@ -95,7 +106,7 @@ def test_every_stage_on_a_gpu(run):
     assert status == 0
     for row in timed(rows):
         assert float(row["median_ms"]) > 0 and int(row["segments"]) > 0
-        assert float(row["peak_mib"]) >= float(row["resident_mib"]) >= float(row["weights_mib"]) > 0
+        tells_memory(row)
         if row["stage"] in ("core", "throughput"):  # nothing beats the floor of the arithmetic
             assert float(row["times_limit"]) > 1
     assert {row["stage"] for row in timed(rows)} >= {"trt_predictor", "stream", "host_trt_load"}
@@ -286,11 +297,12 @@ def test_memory_of_a_case_is_its_own_on_a_gpu(run, tmp_path):
         device="cuda",
     )
     assert status == 0, rows
+    for row in timed(rows):
+        if not tells_memory(row):
+            pytest.skip(f"others use the GPU: {row['note']}")
     told = {(r["backend"], r["image"]): float(r["resident_mib"]) for r in timed(rows)}
     for backend in ("torch", "tensorrt"):
         assert told[backend, "64x96"] < told[backend, "64x64"] + 24, told
-    for row in timed(rows):
-        assert float(row["resident_mib"]) >= float(row["weights_mib"]) > 0
 
 
 def test_nothing_to_time_is_said(run, capsys):

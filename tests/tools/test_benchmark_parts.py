@@ -160,6 +160,12 @@ def test_failures_have_a_row_with_the_reason(turns):
     assert [row["error"] for row in report._file.rows] == ["install of a", "prepare of b", "measure of c", ""]
 
 
+def test_case_that_fails_leaves_nothing_to_the_next(turns):
+    log, _ = turns("ab", {("prepare", "a"): 1}, batch=[1, 2])
+    done = [what for what, name, *_ in log if name == "a"]
+    assert done[:4] == ["install", "prepare", "forget", "prepare"]
+
+
 # Times
 
 
