@@ -60,6 +60,8 @@ def _gpu(device: torch.device) -> str:
 def _tensorrt() -> str:
     try:
         compat.tensorrt()
+    except compat.OutdatedTensorRT as error:
+        return f"8.6 or newer; {error.found} is installed. `{compat.UPGRADE_TENSORRT}`"
     except MissingDependencyError as error:
         why = error.__cause__ or error
         return f"8.6 or newer; it cannot be imported ({first_line(why)}). `{compat.INSTALL['tensorrt']}`"
