@@ -61,6 +61,19 @@ def test_one_error_names_all_that_is_missing_with_what_installs_it(monkeypatch):
     assert "MODEL.BACKEND torch with MODEL.DEVICE cpu, or MODEL.TENSORRT.ON_ERROR torch" in str(caught.value)
 
 
+def test_tools_that_cannot_do_without_are_told_the_same_but_no_way_around(monkeypatch):
+    machine(monkeypatch)
+    with pytest.raises(MissingDependencyError) as caught:
+        require("cuda", optional=False)
+    assert str(caught.value).startswith(
+        "Building engines takes a GPU, TensorRT and torch2trt. Missing: a GPU, TensorRT, torch2trt.\n"
+    )
+    assert [line.split(":")[0] for line in lines(caught.value)] == ["a GPU", "TensorRT", "torch2trt"]
+    assert "MODEL.BACKEND" not in str(caught.value)
+    with pytest.raises(MissingDependencyError, match="Running engines takes a GPU and TensorRT"):
+        require("cuda", builds=False, optional=False)
+
+
 def test_device_that_is_no_gpu_is_told_together_with_the_gpu(monkeypatch):
     machine(monkeypatch, cuda="12.8", tensorrt="8.6.0", torch2trt=True)
     with pytest.raises(MissingDependencyError, match=r"Missing: a GPU\.\n") as caught:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from detectron2.engine import DefaultPredictor
 
-from d2_trt import builder, compat
+from d2_trt import builder, compat, requirements
 from d2_trt.backend import TensorRTBackend
 from d2_trt.errors import BuildError, ConversionError, MissingDependencyError
 from mask2former import get_mask2former_cfg
@@ -40,6 +40,7 @@ def checkpoint(tmp_path) -> Path:
 @pytest.fixture
 def shop(workshop, monkeypatch):  # noqa: F811
     """A workshop for a model of a moment."""
+    monkeypatch.setattr(requirements, "require", lambda *_, **__: None)
     monkeypatch.setattr(engine_config, "load_model", lambda cfg: TinyModel())
     return workshop
 
@@ -237,38 +238,57 @@ def test_wrong_words_end_with_status_2(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_what_is_missing_is_named(run, capsys, tmp_path, checkpoint):
+def test_what_is_missing_is_named(workshop, run, capsys, tmp_path, checkpoint, monkeypatch):  # noqa: F811
     status, _ = run("--weights", str(tmp_path / "none.pth"), weights=False)
     assert status == 2 and "none.pth: there is no such file" in capsys.readouterr().err
     status, _ = run(weights=False)
     assert status == 2 and "is a backbone to start training from" in capsys.readouterr().err
     assert TOOL.main(["--config-file", "none.yaml"]) == 2
     assert "'none.yaml' does not exist" in capsys.readouterr().err
-    status, _ = run()  # on the CPU that these tests ask for
-    assert status == 2 and "runs on an NVIDIA GPU" in capsys.readouterr().err
+    monkeypatch.setattr(requirements, "require", lambda *_, **__: None)
     checkpoint.write_bytes(b"no checkpoint")
     status, _ = run()
     err = capsys.readouterr().err
     assert status == 2 and f"MODEL.WEIGHTS {checkpoint} cannot be loaded (" in err and "Traceback" not in err
 
 
-def test_missing_converter_library_and_missing_gpu(shop, run, capsys, monkeypatch, checkpoint):
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_machine_without_gpu_tensorrt_and_torch2trt_is_one_error(
+    checkpoint, capsys, monkeypatch, tmp_path, device
+):
+    """Before the model is built, which takes the GPU."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(engine_config, "build_model", lambda cfg: pytest.fail("a model was built"))
+    compat.tensorrt.cache_clear()
+    for name in ("tensorrt", "torch2trt"):
+        monkeypatch.setitem(sys.modules, name, None)
+    words = ["--config-file", str(CONFIG), "--weights", str(checkpoint), "--opts", "MODEL.DEVICE", device]
+    for more in ([], ["MODEL.TENSORRT.CACHE.MODE", "require"]):  # which is not what decides here
+        assert TOOL.main([*words, *more]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(
+            "build_engine.py: Building engines takes a GPU, TensorRT and torch2trt. Missing: "
+        )
+        for text in ("PyTorch", "`pip install tensorrt`", "`pip install --no-build-isolation git+"):
+            assert text in err
+        assert "MODEL.BACKEND" not in err and "Traceback" not in err
+
+
+def test_missing_converter_library(shop, run, capsys):
     shop.fail = MissingDependencyError("building an engine needs torch2trt")
     status, _ = run("--shapes", *SIZES)
     assert status == 2 and "needs torch2trt" in capsys.readouterr().err
     shop.fail = ConversionError("no converter for torch.celu in module 'x'")
     status, (engine,) = run("--shapes", *SIZES)
     assert status == 1 and "no converter for torch.celu" in engine["error"]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    words = ["--config-file", str(CONFIG), "--weights", str(checkpoint), "--opts", "MODEL.DEVICE", "cuda"]
-    assert TOOL.main(words) == 2
-    assert "sees no GPU: engines are built on the GPU that runs them" in capsys.readouterr().err
 
 
 def test_gpu_without_room_for_the_model(workshop, run, capsys, monkeypatch):  # noqa: F811
     def fail(cfg):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nAnd much more")
 
+    monkeypatch.setattr(requirements, "require", lambda *_, **__: None)
     monkeypatch.setattr(engine_config, "build_model", fail)
     status, _ = run("--shapes", *SIZES)
     assert status == 1
