@@ -312,8 +312,9 @@ class TensorRTBackend:
             try:
                 self._compare_real(where[0], loaded, images)
             except Exception as error:
-                failure = self._failure(error, "check", where[0])
-                if isinstance(failure, ParityError):  # others, as those of a run, may not come again
+                failure = self._failure(error, "run", where[0])
+                wrong = isinstance(failure, ParityError)  # others may not come again
+                if wrong:
                     if self._loaded.get(where) is loaded:
                         self._unload(where)
                     self._failures[where] = ParityError(*failure.args)
@@ -321,8 +322,9 @@ class TensorRTBackend:
                     if failure is error:
                         raise
                     raise failure from error
-                recorded = self._failures.get(where)
-                self._say_fallback(recorded or failure, about=recorded or ("check", type(failure)))
+                if wrong:
+                    return self._find_or_load(where, images) is not None  # which tells of it
+                self._say_fallback(failure, about=("run", type(failure)))
                 return False
         return True
 

@@ -205,7 +205,7 @@ def test_memory_that_does_not_suffice_for_the_comparison_is_told_and_asked_for_a
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model, "core", fail)
-    with pytest.raises(GPUMemoryError, match="does not suffice to check the engine"):
+    with pytest.raises(GPUMemoryError, match="does not suffice to run the engine"):
         backend(images(1, 64, 64))
     monkeypatch.setattr(model, "core", core)
     backend(images(1, 64, 64))
