@@ -31,6 +31,7 @@ from .errors import (
     GPUMemoryError,
     MissingDependencyError,
     OptionsError,
+    ParityError,
     first_line,
 )
 from .logging import follow_detectron2, get_logger
@@ -56,6 +57,7 @@ class _Loaded:
     engine: Engine
     about: dict[str, Any]
     used: int = 0  # the higher, the later
+    met_real: bool = False  # it is known that the gate has seen images of the caller's, or need not
 
     def describe(self) -> dict[str, Any]:
         graphs = self.engine.graphs
@@ -170,12 +172,12 @@ class TensorRTBackend:
         """Tell the backend that the model's weights may be others now; the next call looks."""
         self._stale = True
 
-    def entry(self, shapes: ShapeRange, images: Tensor | None = None) -> CacheEntry:
+    def entry(self, shapes: ShapeRange, images: _Images = None) -> CacheEntry:
         """The cache entry of the engine for a range: its path, bytes and sidecar. Built, checked and kept where missing.
 
         Args:
             shapes: padded sizes that the engine is to serve.
-            images: (B, 3, H, W) float32 to trace and check with; None takes scenes that the project draws.
+            images: (3, H, W) each, or what reads them, to trace and check with; None takes scenes that the project draws.
 
         Raises:
             D2TRTError: see D2TRTError's kinds; ON_ERROR is not asked.
@@ -236,6 +238,8 @@ class TensorRTBackend:
             if loaded is None:
                 return None
         loaded.used = next(self._clock)
+        if images is not None and not loaded.met_real and not self._meet_real(where, loaded, images):
+            return None
         return loaded.engine
 
     def _find_or_load(self, where: _Where, images: _Images) -> _Loaded | None:
@@ -297,6 +301,58 @@ class TensorRTBackend:
     def _limits(self, shapes: ShapeRange) -> BuildSpec:
         """What decides how much memory an engine takes."""
         return BuildSpec(shapes.min, shapes.opt, shapes.max, workspace_bytes=self.options.workspace_bytes)
+
+    def _meet_real(self, where: _Where, loaded: _Loaded, images: _Images) -> bool:
+        """Compare an engine of which only drawn scenes were compared on the first images that come, once.
+
+        Returns:
+            False where PyTorch is to run instead. An engine that disagrees with PyTorch is used no more.
+        """
+        with self._lock:
+            try:
+                self._compare_real(where[0], loaded, images)
+            except Exception as error:
+                failure = self._failure(error, "run", where[0])
+                wrong = isinstance(failure, ParityError)  # others may not come again
+                if wrong:
+                    if self._loaded.get(where) is loaded:
+                        self._unload(where)
+                    self._failures[where] = ParityError(*failure.args)
+                if self.options.on_error != "torch":
+                    if failure is error:
+                        raise
+                    raise failure from error
+                if wrong:
+                    return self._find_or_load(where, images) is not None  # which tells of it
+                self._say_fallback(failure, about=("run", type(failure)))
+                return False
+        return True
+
+    def _compare_real(self, shapes: ShapeRange, loaded: _Loaded, images: _Images) -> None:
+        verify, parity_before = self.options.verify, loaded.about["parity"]
+        if loaded.met_real or not verify.enabled or parity_before.get("given_images"):
+            loaded.met_real = True
+            return
+        given = drawn = 0
+        if callable(images):
+            samples = SampleImages(self._model.device, images())
+            batch = samples.take(shapes.opt)
+            given, drawn = samples.given, samples.drawn
+            if not given:
+                return
+        else:
+            batch = images[: max(shapes.min[0], verify.images)]
+            given = len(batch)
+        with _on(self._model.device), builder.eval_mode(self._model):
+            numbers = parity.verify(loaded.engine, self._model.core, [batch], verify)
+        logger.info("Compared with PyTorch on the first %d given image%s", given, "s"[: given != 1])
+        loaded.about["parity"] = {
+            **parity_before,
+            "sizes": [*parity_before.get("sizes", ()), *numbers["sizes"]],
+            "given_images": given,
+            "drawn_scenes": parity_before.get("drawn_scenes", 0) + drawn,
+        }
+        loaded.met_real = True
 
     def _say_fallback(self, error: Exception, about: Hashable = None) -> None:
         self._record.warn_once(

@@ -21,10 +21,20 @@ INSTALL = {
     "tensorrt": "pip install tensorrt",
     "torch2trt": "pip install --no-build-isolation git+https://github.com/NVIDIA-AI-IOT/torch2trt",
 }
+UPGRADE_TENSORRT = "pip install --upgrade tensorrt"
+OLDEST_TENSORRT = (8, 6)
 # Of int8 calibration. TensorRT 11 has them no more; torch2trt reads them when it is imported.
 _GONE = ("CalibrationAlgoType", "IInt8Calibrator")
 _importing = threading.Lock()
 _ABSENT = object()
+
+
+class OutdatedTensorRT(MissingDependencyError):
+    """TensorRT is there, of the version `found`, which is too old."""
+
+    def __init__(self, message: str, found: str = ""):
+        super().__init__(message)
+        self.found = found
 
 
 @functools.cache
@@ -32,15 +42,22 @@ def tensorrt() -> types.ModuleType:
     """The tensorrt module.
 
     Raises:
-        MissingDependencyError: it is not installed, or its libraries do not load.
+        MissingDependencyError: it is not installed, its libraries do not load, or it is older than 8.6.
     """
     try:
-        return importlib.import_module("tensorrt")
+        module = importlib.import_module("tensorrt")
     except (ImportError, OSError) as error:  # OSError: the bindings are there, their libraries are not
         raise MissingDependencyError(
             f"MODEL.BACKEND 'tensorrt' needs NVIDIA TensorRT 8.6 or newer, which cannot be imported ({error}). "
             f"Install it with `{INSTALL['tensorrt']}`, or set MODEL.BACKEND torch."
         ) from error
+    if _major_minor(module) < OLDEST_TENSORRT:
+        raise OutdatedTensorRT(
+            f"MODEL.BACKEND 'tensorrt' needs NVIDIA TensorRT 8.6 or newer, and {module.__version__} is installed. "
+            f"Install a newer one with `{UPGRADE_TENSORRT}`, or set MODEL.BACKEND torch.",
+            module.__version__,
+        )
+    return module
 
 
 @functools.cache
@@ -78,7 +95,11 @@ def _with_gone_names(trt: types.ModuleType):
 @functools.cache
 def version() -> tuple[int, int]:
     """Major and minor version of TensorRT."""
-    major, minor = tensorrt().__version__.split(".")[:2]
+    return _major_minor(tensorrt())
+
+
+def _major_minor(module: types.ModuleType) -> tuple[int, int]:
+    major, minor = module.__version__.split(".")[:2]
     return int(major), int(minor)
 
 

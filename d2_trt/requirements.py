@@ -10,12 +10,13 @@ from . import compat
 from .errors import MissingDependencyError, first_line
 
 
-def require(device: torch.device | str, *, builds: bool = True) -> None:
+def require(device: torch.device | str, *, builds: bool = True, optional: bool = True) -> None:
     """See that everything is there.
 
     Args:
         device: of the model.
         builds: whether engines may have to be built, which takes torch2trt.
+        optional: whether PyTorch could run the network as well, which the error then says how to get.
 
     Raises:
         MissingDependencyError: it names all that is missing, each with what installs it.
@@ -26,15 +27,21 @@ def require(device: torch.device | str, *, builds: bool = True) -> None:
     missing = {name: text for name, text in found.items() if text}
     if not missing:
         return
-    otherwise = (
-        "MODEL.BACKEND torch" if torch.cuda.is_available() else "MODEL.BACKEND torch with MODEL.DEVICE cpu"
-    )
-    raise MissingDependencyError(
-        f"MODEL.BACKEND 'tensorrt' runs on an NVIDIA GPU, by TensorRT and torch2trt. Missing: {', '.join(missing)}.\n"
-        + "".join(f"  {name}: {text}\n" for name, text in missing.items())
-        + f"To do without: {otherwise}, or MODEL.TENSORRT.ON_ERROR torch, which has PyTorch run the network wherever "
-        "something is missing."
-    )
+    what = "MODEL.BACKEND 'tensorrt' runs on an NVIDIA GPU, by TensorRT and torch2trt"
+    if not optional:
+        *first, last = found
+        what = f"{'Building' if builds else 'Running'} engines takes {', '.join(first)} and {last}"
+    message = f"{what}. Missing: {', '.join(missing)}."
+    message += "".join(f"\n  {name}: {text}" for name, text in missing.items())
+    if optional:
+        instead = "MODEL.BACKEND torch"
+        if not torch.cuda.is_available():
+            instead += " with MODEL.DEVICE cpu"
+        message += (
+            f"\nTo do without: {instead}, or MODEL.TENSORRT.ON_ERROR torch, which has PyTorch run the network wherever "
+            "something is missing."
+        )
+    raise MissingDependencyError(message)
 
 
 def _gpu(device: torch.device) -> str:
@@ -60,6 +67,8 @@ def _gpu(device: torch.device) -> str:
 def _tensorrt() -> str:
     try:
         compat.tensorrt()
+    except compat.OutdatedTensorRT as error:
+        return f"8.6 or newer; {error.found} is installed. `{compat.UPGRADE_TENSORRT}`"
     except MissingDependencyError as error:
         why = error.__cause__ or error
         return f"8.6 or newer; it cannot be imported ({first_line(why)}). `{compat.INSTALL['tensorrt']}`"

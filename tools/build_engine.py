@@ -8,7 +8,10 @@
     ... --static --shapes 800x1088 1088x800                         # an engine for each of these sizes alone
     ... --opts MODEL.TENSORRT.CACHE.DIR engines/                    # kept somewhere else
 
-Each engine is compared with PyTorch and kept in the cache, where DefaultPredictor, train_net.py and demo.py with the same
+    ... --images photos/ 'more/*.jpg'                               # traced and compared with these
+
+Each engine is compared with PyTorch on images that --images names, else of DATASETS.TEST where that is there, else on drawn
+scenes, and kept in the cache, where DefaultPredictor, train_net.py and demo.py with the same
 config find it; the overrides that they need are printed last. An engine that is there already is not built again, unless
 --rebuild says so. Engines are kept whatever MODEL.TENSORRT.CACHE.MODE says, and an error is an error whatever
 MODEL.TENSORRT.ON_ERROR says. They serve the GPU, TensorRT and version of this project that they were built with.
@@ -32,7 +35,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from engine_tables import PRECISIONS, count, megabytes, parity_table, size
+from engine_tables import PRECISIONS, compared_on, count, megabytes, parity_table, size
 from tabulate import tabulate
 
 
@@ -73,6 +76,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="the largest batch (MODEL.TENSORRT.MAX_BATCH_SIZE) and, if wanted, the one to be fastest at "
         "(OPT_BATCH_SIZE). With --static: an engine for each",
+    )
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        metavar="FILE",
+        help="pictures, folders or quoted patterns to trace and compare new engines with; default: of DATASETS.TEST",
     )
     parser.add_argument("--rebuild", action="store_true", help="build engines that are there already, too")
     parser.add_argument("--json", metavar="FILE", help="also write what happened as JSON")
@@ -187,14 +196,14 @@ def ranges(args: argparse.Namespace, options, divisibility: int) -> list:
     return [options.engine_range(batch, *size) for batch in batches for size in sizes]
 
 
-def make(backend, shapes) -> Outcome:
-    """Build an engine, or find that it is there."""
+def make(backend, shapes, images) -> Outcome:
+    """Build an engine, or find that it is there; `images` gives what to build it with."""
     from d2_trt.errors import BuildError, CacheError, ConversionError, ParityError
 
     started = time.perf_counter()
     precision = backend.options.precision
     try:
-        entry = backend.entry(shapes)
+        entry = backend.entry(shapes, images)
     except (BuildError, CacheError, ConversionError, ParityError) as error:
         return Outcome(precision, shapes, "failed", time.perf_counter() - started, str(error))
     sidecar = entry.sidecar
@@ -235,6 +244,9 @@ def show(outcome: Outcome) -> None:
         "  parity   "
         + ("\n           ".join(table) or "not compared with PyTorch (MODEL.TENSORRT.VERIFY.ENABLED)")
     )
+    if on := compared_on(outcome.parity):
+        again = outcome.state == "cached" and not outcome.parity["given_images"]
+        print(f"           {on}{' (or with --images FILE --rebuild now)' if again else ''}")
     print(flush=True)
 
 
@@ -248,6 +260,7 @@ def recipe(args: argparse.Namespace, precision: str | None) -> str:
 
 def run(args: argparse.Namespace) -> int:
     from engine_config import load_model, read_cfg
+    from engine_images import images_of
 
     from d2_trt.backend import TensorRTBackend
 
@@ -255,6 +268,7 @@ def run(args: argparse.Namespace) -> int:
     forced = {"CACHE__MODE": "rebuild" if args.rebuild else "readwrite", "ON_ERROR": "raise"}
     precisions = args.precision or [None]
     cfgs = [read_cfg(args, words_for(args, precision), **forced) for precision in precisions]
+    images = images_of(cfgs[0], args.images)
     model = load_model(cfgs[0])
     work = []
     for cfg in cfgs:
@@ -267,7 +281,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         for number, (backend, shapes) in enumerate(work, 1):
             print(f"[{number}/{len(work)}] {backend.options.precision}, {shapes.describe()}", flush=True)
-            outcomes.append(make(backend, shapes))
+            outcomes.append(make(backend, shapes, images))
             show(outcomes[-1])
     finally:
         if args.json:

@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 import d2_trt  # noqa: F401 - the backend "tensorrt" and its keys
+from d2_trt import requirements
 from d2_trt.options import TensorRTOptions
 from mask2former import get_mask2former_cfg
 from mask2former.backend import BackendError
@@ -26,16 +27,18 @@ class UsageError(Exception):
     """The command or the config asks for what cannot be done; the message says what to change."""
 
 
-def read_cfg(args: argparse.Namespace, words: Sequence = (), **tensorrt) -> CfgNode:
+def read_cfg(args: argparse.Namespace, words: Sequence = (), *, engines: bool = True, **tensorrt) -> CfgNode:
     """The config of a command line with the backend "tensorrt", checked against this machine.
 
     Args:
         args: config_file, weights, random_weights, opts.
         words: KEY, VALUE, ... that other arguments stand for; one that is in args.opts too is refused.
+        engines: whether the tool builds or runs engines, which takes more than the device.
         tensorrt: keys of MODEL.TENSORRT that the tool sets whatever the config says; "__" stands for a dot.
 
     Raises:
         UsageError
+        MissingDependencyError: what engines need is missing; it names all of it, and what installs it.
     """
     weights = "" if args.random_weights else args.weights
     twice = {*words[::2], *([] if weights is None else ["MODEL.WEIGHTS"])} & set(args.opts[::2])
@@ -53,7 +56,7 @@ def read_cfg(args: argparse.Namespace, words: Sequence = (), **tensorrt) -> CfgN
     except (KeyError, ValueError, BackendError) as error:
         raise UsageError(_text(error)) from error
     _check_weights(cfg, args)
-    _check_device(cfg)
+    _check_device(cfg, engines)
     return cfg
 
 
@@ -92,17 +95,20 @@ def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UsageError(f"MODEL.WEIGHTS {weights}: there is no such file")
 
 
-def _check_device(cfg: CfgNode) -> None:
+def _check_device(cfg: CfgNode, engines: bool) -> None:
     try:
         device = torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:
         raise UsageError(f"MODEL.DEVICE {cfg.MODEL.DEVICE}: {str(error).splitlines()[0]}") from error
+    if engines:
+        builds = cfg.MODEL.TENSORRT.CACHE.MODE != "require"
+        requirements.require(device, builds=builds, optional=False)
+        return
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UsageError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but PyTorch {torch.__version__} sees {count or 'no'} GPU"
-            f"{'' if count <= 1 else 's'}: engines are built on the GPU that runs them. Check nvidia-smi, and that "
-            "PyTorch is a build with CUDA"
+            f"{'' if count <= 1 else 's'}. Check nvidia-smi, and that PyTorch is a build with CUDA"
         )
 
 

@@ -41,6 +41,17 @@ def parity_table(parity) -> list[dict]:
     ]
 
 
+def compared_on(parity) -> str:
+    """What a sidecar says of the images of the comparison; empty where it says nothing."""
+    if "given_images" not in parity:
+        return ""
+    given, drawn = parity["given_images"], parity.get("drawn_scenes", 0)
+    if not given:
+        return "on drawn scenes alone: the first image that comes is compared, too"
+    text = f"on {given} real image{'s'[: given != 1]}"
+    return text + (f" and {drawn} drawn scene{'s'[: drawn != 1]}" if drawn else "")
+
+
 def _shown(name: str, value) -> str:
     if isinstance(value, float):
         return f"{value:.2e}" if "error" in name else f"{value:.5f}"
@@ -77,6 +88,8 @@ def show_sidecar(name: str, bytes_: int, sidecar: Mapping | None, problem: str) 
     if parity:
         print("\nAgainst PyTorch float32:")
         print(tabulate(parity, headers="keys", disable_numparse=True))
+        if on := compared_on(sidecar["parity"]):
+            print(on)
     else:
         print("not compared with PyTorch when it was built")
 

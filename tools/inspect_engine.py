@@ -207,16 +207,13 @@ def find_device():
     """The GPU to open engines on.
 
     Raises:
-        MissingDependencyError: there is no GPU, or no TensorRT.
+        MissingDependencyError: there is no GPU, or no TensorRT; it names all that is missing.
     """
     import torch
 
-    from d2_trt import compat
-    from d2_trt.errors import MissingDependencyError
+    from d2_trt import requirements
 
-    if not torch.cuda.is_available():
-        raise MissingDependencyError(f"PyTorch {torch.__version__} sees no NVIDIA GPU")
-    compat.tensorrt()
+    requirements.require("cuda", builds=False, optional=False)
     return torch.device("cuda")
 
 

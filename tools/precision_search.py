@@ -113,7 +113,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     if args.opt_level is not None:
         words += ["MODEL.TENSORRT.OPT_LEVEL", args.opt_level]
     asked = argparse.Namespace(config_file=file, weights=args.weights, random_weights=False, opts=args.opts)
-    cfg = read_cfg(asked, words)
+    cfg = read_cfg(asked, words, engines=False)
     cfg.freeze()
     return cfg
 

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -33,6 +34,7 @@ from .media import (
     read_picture,
     write_picture,
 )
+from .pictures_ahead import PicturesAhead
 from .timing import StageClock, median_ms, time_backend
 from .visualization import TASKS, ClassTable, Findings, Painter, interpret
 
@@ -62,7 +64,7 @@ def run_demo(args: argparse.Namespace) -> int:
     if found.skipped:
         print(f"skipped {found.skipped} file(s) that are neither images nor videos")
     cfg, random_weights = make_cfg(args)
-    return Demo(cfg, args, random_weights, window).run(items)
+    return Demo(cfg, args, random_weights, window, items).run(items)
 
 
 def make_cfg(args: argparse.Namespace):
@@ -142,7 +144,18 @@ def _choose_weights(cfg, asked: bool) -> bool:
 class Demo:
     """A model, where its results go, and what happened so far."""
 
-    def __init__(self, cfg, args: argparse.Namespace, random_weights: bool, window: Window | None):
+    def __init__(
+        self,
+        cfg,
+        args: argparse.Namespace,
+        random_weights: bool,
+        window: Window | None,
+        items: Sequence[Item] = (),
+    ):
+        """
+        Args:
+            items: what is going to be run; pictures of it are what the backend builds with.
+        """
         self.cfg, self.args, self.window = cfg, args, window
         started = time.perf_counter()
         # The same random weights each time, without a change to the caller's random numbers.
@@ -151,7 +164,7 @@ class Demo:
                 torch.manual_seed(0)
             try:
                 self.predictor = DefaultPredictor(cfg)
-                self.predictor.model.prepare()
+                self.predictor.model.prepare(_pictures_ahead(cfg, items))
             except BackendError as error:
                 raise DemoError(str(error)) from error
         self.clock = StageClock(cfg.MODEL.DEVICE)
@@ -211,10 +224,7 @@ class Demo:
 
     def _run_image(self, item: Item) -> bool:
         self.clock.start()
-        if item.kind == "scene":
-            bgr, notes = np.ascontiguousarray(draw_scene(item.source).image[:, :, ::-1]), []
-        else:
-            bgr, notes = read_picture(item.source)
+        bgr, notes = _read(item)
         self.clock.lap("read")
         findings, drawn = self._segment(bgr, Painter(self.classes))
         if item.output is not None:
@@ -371,6 +381,19 @@ class _Seen:
         return {
             name: {"frames": n, "most_at_once": self._most[name]} for name, n in self._in_frames.most_common()
         }
+
+
+def _read(item: Item) -> tuple[np.ndarray, list[str]]:
+    """An image or scene, (H, W, 3) uint8 BGR, and notes on what was left out or changed."""
+    if item.kind == "scene":
+        return np.ascontiguousarray(draw_scene(item.source).image[:, :, ::-1]), []
+    return read_picture(item.source)
+
+
+def _pictures_ahead(cfg, items: Sequence[Item]) -> PicturesAhead | None:
+    """None where all are streams: a camera is not opened twice."""
+    readers = [lambda item=item: _read(item)[0] for item in items if not item.is_stream]
+    return PicturesAhead(cfg, readers) if readers else None
 
 
 def _arrow(item: Item) -> str:

@@ -56,8 +56,10 @@ def test_prepare_builds_before_the_first_image_and_checks_it(workshop):
     checked = [row["images"] for row in backend.describe()["engines"][0]["parity"]["sizes"]]
     assert checked == ["2x3x64x96", "1x3x128x128", "2x3x64x64"]
     model.core_calls = 0
-    backend(images())
-    assert model.core_calls == 0 and len(workshop.built) == 1
+    for _ in range(3):
+        backend(images())
+    # The first image alone is compared, since no real one was at hand before.
+    assert model.core_calls == 1 and len(workshop.built) == 1
 
 
 @pytest.mark.parametrize(

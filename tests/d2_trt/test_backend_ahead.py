@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 
 from d2_trt import backend as backend_module
 from d2_trt import requirements
-from d2_trt.errors import ParityError
+from d2_trt.errors import GPUMemoryError, ParityError
 from mask2former import get_mask2former_cfg
 from mask2former.data.datasets.shapes import register_shapes
 from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
@@ -109,8 +109,107 @@ def test_drawn_scenes_are_told_where_nothing_else_is_at_hand(workshop, caplog):
     assert "on 5 drawn scenes alone: no real image was at hand" in caplog.text
     parity = backend.describe()["engines"][0]["parity"]
     assert (parity["given_images"], parity["drawn_scenes"]) == (0, 5)
+
+
+def test_cached_engine_reads_no_images_where_real_ones_were_compared(workshop):
+    make_backend().prepare(Ahead())
     make_backend().prepare(ahead := Ahead())
-    assert ahead.reads == 0  # a cached engine wants none
+    assert ahead.reads == 0 and len(workshop.built) == 1
+
+
+# Engines that were built without real images
+
+
+@pytest.fixture(params=["built here", "cached"])
+def unmet(workshop, request):
+    """A backend, and its model, that has an engine which was compared on drawn scenes alone."""
+
+    def make(**options):
+        if request.param == "cached":
+            make_backend(Watched(), **options).prepare()
+        backend = make_backend(model := Watched(), **options)
+        backend.prepare()
+        model.seen.clear()
+        return backend, model
+
+    return make
+
+
+def test_first_real_image_is_compared_once(workshop, unmet, caplog):
+    caplog.set_level(logging.INFO, logger="d2_trt")
+    backend, model = unmet()
+    first, second = images(2, 64, 64), images(1, 96, 96)
+    for batch in (first, second, first):
+        backend(batch)
+    assert [x.shape for x in model.seen] == [(1, 3, 64, 64)]  # as many as VERIFY.IMAGES says
+    assert torch.equal(model.seen[0], first[:1])
+    parity = backend.describe()["engines"][0]["parity"]
+    assert (parity["given_images"], parity["drawn_scenes"]) == (1, 5)
+    assert [row["images"] for row in parity["sizes"]][3:] == ["1x3x64x64"]
+    assert caplog.text.count("Compared with PyTorch on the first 1 given image\n") == 1
+    assert len(workshop.built) == 1
+
+
+def test_images_ahead_are_compared_before_the_first_one(workshop, unmet):
+    backend, model = unmet()
+    backend.prepare(ahead := Ahead(count=1))
+    assert ahead.reads == 1 and torch.equal(model.seen[0][:1], stretched(ahead.images[0], 64, 96))
+    backend(images(1, 64, 64))
+    assert len(model.seen) == 1 and len(workshop.built) == 1
+
+
+def test_unreadable_images_ahead_leave_it_to_the_first_image(workshop, unmet):
+    backend, model = unmet()
+    backend.prepare(Ahead(count=0))
+    assert not model.seen
+    backend(images(1, 64, 64))
+    assert len(model.seen) == 1
+
+
+@pytest.mark.parametrize("on_error", ["raise", "torch"])
+def test_engine_that_is_wrong_on_the_first_real_image_is_not_used(workshop, unmet, caplog, on_error):
+    backend, model = unmet(ON_ERROR=on_error)
+    workshop.disturb = lambda logits, masks: (logits, -masks)
+    real = images(1, 64, 64)
+    for _ in range(2):
+        if on_error == "torch":
+            assert all(map(torch.equal, backend(real), TinyModel().core(real)))
+        else:
+            with pytest.raises(ParityError, match="at 1x3x64x64: pred_masks: mask error is 2"):
+                backend(real)
+    told = backend.describe()
+    assert told["engines"] == [] and told["images"]["tensorrt"] == 0
+    assert caplog.text.count("disagrees with PyTorch") == (on_error == "torch")
+    assert len(model.seen) == (3 if on_error == "torch" else 1) and len(workshop.built) == 1
+
+
+def test_whole_batch_of_a_static_engine_is_compared(workshop, unmet):
+    backend, model = unmet(STATIC=True, SHAPES=["64x96"], MAX_BATCH_SIZE=1)
+    backend(images(1, 64, 96))
+    assert [x.shape for x in model.seen] == [(1, 3, 64, 96)]
+
+
+def test_nothing_is_compared_where_verify_is_off(workshop, unmet):
+    backend, model = unmet(VERIFY__ENABLED=False)
+    backend(images(1, 64, 64))
+    assert not model.seen
+
+
+def test_memory_that_does_not_suffice_for_the_comparison_is_told_and_asked_for_again(
+    workshop, unmet, monkeypatch
+):
+    backend, model = unmet()
+    core = model.core
+
+    def fail(images):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "core", fail)
+    with pytest.raises(GPUMemoryError, match="does not suffice to run the engine"):
+        backend(images(1, 64, 64))
+    monkeypatch.setattr(model, "core", core)
+    backend(images(1, 64, 64))
+    assert backend.describe()["images"] == {"tensorrt": 1, "torch": 0} and len(workshop.built) == 1
 
 
 # Engines of the sizes to come

@@ -100,8 +100,22 @@ def test_batches_give_pytorchs_results(trt_predictor):
 def test_parity_numbers_are_kept(trt_predictor, cache):
     (engine,) = trt_predictor.model.backend.describe()["engines"]
     rows = engine["parity"]["sizes"]
-    assert len(rows) == 3 and all(row["mask_error"] < 2e-3 for row in rows)
+    # Three sizes of drawn scenes, and the first image if a test has run one.
+    assert len(rows) == 3 + engine["parity"]["given_images"]
+    assert all(row["mask_error"] < 2e-3 for row in rows)
     assert all(row["sign_agreement"] >= 0.999 for row in rows)
+
+
+def test_first_real_image_is_compared_once(trt_predictor, cache, no_build):
+    again = make_predictor("tensorrt", cache)
+    again.model.prepare()
+    before = again.model.backend.describe()["engines"][0]["parity"]
+    for seed in range(3):
+        again(picture(SIZES[0], seed))
+    after = again.model.backend.describe()["engines"][0]["parity"]
+    assert (before["given_images"], after["given_images"]) == (0, 1)
+    assert len(after["sizes"]) == len(before["sizes"]) + 1
+    assert after["sizes"][-1]["images"] == "1x3x96x128" and after["sizes"][-1]["mask_error"] < 2e-3
 
 
 def test_second_start_loads_the_cached_engine(trt_predictor, torch_predictor, cache, no_build):

@@ -31,12 +31,17 @@ def clean(monkeypatch):
     compat.tensorrt.cache_clear()
 
 
-def machine(monkeypatch, *, gpus: int = 0, cuda: str | None = None, tensorrt=False, torch2trt=False) -> None:
+def machine(
+    monkeypatch, *, gpus=0, cuda: str | None = None, tensorrt: str | None = None, torch2trt=False
+) -> None:
+    """A machine with so many GPUs, of a PyTorch for this CUDA, and a TensorRT of this version."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     for name, there in (("tensorrt", tensorrt), ("torch2trt", torch2trt)):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name) if there else None)
+    if tensorrt:
+        sys.modules["tensorrt"].__version__ = tensorrt
 
 
 def lines(error: MissingDependencyError) -> list[str]:
@@ -56,8 +61,21 @@ def test_one_error_names_all_that_is_missing_with_what_installs_it(monkeypatch):
     assert "MODEL.BACKEND torch with MODEL.DEVICE cpu, or MODEL.TENSORRT.ON_ERROR torch" in str(caught.value)
 
 
+def test_tools_that_cannot_do_without_are_told_the_same_but_no_way_around(monkeypatch):
+    machine(monkeypatch)
+    with pytest.raises(MissingDependencyError) as caught:
+        require("cuda", optional=False)
+    assert str(caught.value).startswith(
+        "Building engines takes a GPU, TensorRT and torch2trt. Missing: a GPU, TensorRT, torch2trt.\n"
+    )
+    assert [line.split(":")[0] for line in lines(caught.value)] == ["a GPU", "TensorRT", "torch2trt"]
+    assert "MODEL.BACKEND" not in str(caught.value)
+    with pytest.raises(MissingDependencyError, match="Running engines takes a GPU and TensorRT"):
+        require("cuda", builds=False, optional=False)
+
+
 def test_device_that_is_no_gpu_is_told_together_with_the_gpu(monkeypatch):
-    machine(monkeypatch, cuda="12.8", tensorrt=True, torch2trt=True)
+    machine(monkeypatch, cuda="12.8", tensorrt="8.6.0", torch2trt=True)
     with pytest.raises(MissingDependencyError, match=r"Missing: a GPU\.\n") as caught:
         require("cpu")
     assert "nvidia-smi" in lines(caught.value)[0] and "and set MODEL.DEVICE cuda (it is cpu)" in str(
@@ -70,7 +88,7 @@ def test_device_that_is_no_gpu_is_told_together_with_the_gpu(monkeypatch):
     [("cpu", "Set MODEL.DEVICE cuda$"), ("cuda:2", "sees 2. Set MODEL.DEVICE cuda:0 to cuda:1$")],
 )
 def test_device_that_is_not_the_gpu_that_is_there(monkeypatch, device, message):
-    machine(monkeypatch, gpus=2, cuda="12.8", tensorrt=True, torch2trt=True)
+    machine(monkeypatch, gpus=2, cuda="12.8", tensorrt="8.6.0", torch2trt=True)
     require("cuda:1")
     with pytest.raises(MissingDependencyError, match=f"(?m){message}") as caught:
         require(device)
@@ -78,10 +96,28 @@ def test_device_that_is_not_the_gpu_that_is_there(monkeypatch, device, message):
 
 
 def test_torch2trt_is_missed_where_engines_are_built(monkeypatch):
-    machine(monkeypatch, gpus=1, cuda="12.8", tensorrt=True)
+    machine(monkeypatch, gpus=1, cuda="12.8", tensorrt="8.6.0")
     require("cuda", builds=False)
     with pytest.raises(MissingDependencyError, match=r"Missing: torch2trt\.\n"):
         require("cuda")
+
+
+@pytest.mark.parametrize("found", ["8.5.3.1", "8.5.3", "7.2.3.4", "5.1.5.0"])
+def test_tensorrt_that_is_too_old_is_refused_by_its_version(monkeypatch, found):
+    machine(monkeypatch, gpus=1, cuda="12.8", tensorrt=found, torch2trt=True)
+    with pytest.raises(MissingDependencyError, match=r"Missing: TensorRT\.\n") as caught:
+        require("cuda")
+    assert lines(caught.value) == [
+        f"TensorRT: 8.6 or newer; {found} is installed. `pip install --upgrade tensorrt`"
+    ]
+    with pytest.raises(MissingDependencyError, match=f"and {found} is installed.*--upgrade"):
+        compat.tensorrt()  # whoever does not ask first
+
+
+@pytest.mark.parametrize("found", ["8.6.0", "8.6.1.6", "10.0.0b6", "10.13.3.9", "11.0.0.1"])
+def test_tensorrt_from_the_oldest_that_is_supported_on(monkeypatch, found):
+    machine(monkeypatch, gpus=1, cuda="12.8", tensorrt=found, torch2trt=True)
+    require("cuda")
 
 
 @pytest.mark.parametrize("choice", [TENSORRT, META])

@@ -10,10 +10,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import DefaultPredictor
 from PIL import Image
 
 from mask2former import get_mask2former_cfg
+from mask2former.backend import BACKEND_REGISTRY
 from mask2former.data.datasets.shapes import draw_scene
 from mask2former.utils import demo as demo_module
 from mask2former.utils.media import MediaError, VideoSink, count_frames
@@ -452,3 +454,62 @@ def test_backend_that_cannot_run_stops_the_demo(tmp_path, capsys, key, value, me
     assert run("--draw", 1, "--output", tmp_path, **opts, **{f"MODEL__{key}": value}) == 2
     error = capsys.readouterr().err
     assert error.count(message) == error.count("demo.py: error: MODEL.") == 1 and "Traceback" not in error
+
+
+class BuildingBackend:
+    """Runs PyTorch, and keeps what it would build with."""
+
+    def __init__(self, model, cfg):
+        self._model = model
+
+    def prepare(self, ahead=None):
+        BuildingBackend.ahead = ahead
+        BuildingBackend.examples = None if ahead is None else ahead.examples(8)
+
+    def describe(self):
+        return {"backend": "building"}
+
+    def __call__(self, images):
+        return self._model.core(images)
+
+
+@pytest.fixture
+def building():
+    BACKEND_REGISTRY._do_register("building", BuildingBackend)
+    yield BuildingBackend
+    del BACKEND_REGISTRY._obj_map["building"]
+
+
+def test_backend_builds_with_the_pictures_that_are_going_to_be_run(building, tmp_path, capsys):
+    make_picture(tmp_path / "in" / "a.png", 1, (96, 72))
+    (tmp_path / "in" / "damaged.png").write_text("no picture")
+    status = run(tmp_path / "in", "--draw", 2, "--output", tmp_path / "out", MODEL__BACKEND="building")
+    assert status == 1 and "damaged.png: FAILED" in capsys.readouterr().out
+    # With the pixels of DefaultPredictor.
+    resize = ResizeShortestEdge([64, 64], 1333)
+    pictures = [cv2.imread(str(tmp_path / "in" / "a.png"))[:, :, ::-1]]
+    pictures += [draw_scene(seed).image for seed in range(2)]
+    for image, rgb in zip(building.examples, pictures, strict=True):
+        assert np.array_equal(image, resize.get_transform(rgb).apply_image(rgb).transpose(2, 0, 1))
+    assert building.ahead.sizes(32) == {}
+
+
+def test_examples_come_from_all_over_the_pictures(building, tmp_path):
+    for i in range(20):
+        make_picture(tmp_path / "in" / f"{i:02}.png", 1, (40 + 2 * i, 40))
+    assert run(tmp_path / "in", "--output", tmp_path / "out", MODEL__BACKEND="building") == 0
+    heights = [image.shape[1] for image in building.examples]
+    assert len(heights) == 8 and heights == sorted(heights) and heights[0] == 64 and heights[-1] > 115
+
+
+def test_channels_are_in_the_configs_order(building, tmp_path):
+    Image.new("RGB", (64, 64), (1, 2, 3)).save(tmp_path / "a.png")
+    for order, colour in (("RGB", [1, 2, 3]), ("BGR", [3, 2, 1])):
+        run(tmp_path / "a.png", "--output", tmp_path / "out/", MODEL__BACKEND="building", INPUT__FORMAT=order)
+        assert building.examples[0][:, 0, 0].tolist() == colour
+
+
+def test_streams_tell_nothing_ahead(building, tmp_path):
+    video = make_video(tmp_path / "a.avi")
+    assert run(video, "--output", tmp_path / "out/", MODEL__BACKEND="building") == 0
+    assert building.ahead is None

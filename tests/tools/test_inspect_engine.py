@@ -16,10 +16,8 @@ import torch
 from detectron2.modeling import build_model
 
 from d2_trt import backend as backend_module
-from d2_trt import compat
-from d2_trt.backend import TensorRTBackend
+from d2_trt import compat, requirements
 from d2_trt.cache import EngineCache
-from d2_trt.errors import MissingDependencyError
 from mask2former import get_mask2former_cfg
 from tests.d2_trt.cache_helpers import key_of, put
 from tests.d2_trt.test_backend_conversion import InterpretedEngine
@@ -40,11 +38,22 @@ TOOL = load_tool("inspect_engine")
 
 @pytest.fixture
 def no_gpu(monkeypatch):
+    """Nor TensorRT, nor torch2trt."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    compat.tensorrt.cache_clear()
+    for name in ("tensorrt", "torch2trt"):
+        monkeypatch.setitem(sys.modules, name, None)
+    yield
+    compat.tensorrt.cache_clear()
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch, no_gpu):
+def cache(kept, no_gpu):
+    return kept
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
     """Three entries that are no real engines, in the default folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cache = EngineCache(tmp_path / "d2_trt")
@@ -78,8 +87,10 @@ def test_sidecar_is_shown_without_a_gpu(cache, capsys, tmp_path, how):
         made_from["options"]["precision"],
     ):
         assert text in out
-    (line,) = [line for line in out.splitlines() if "layers are not shown" in line]
-    assert "sees no NVIDIA GPU" in line
+    line, *more = out[out.index("Its layers are not shown") :].splitlines()
+    assert line.endswith(": Running engines takes a GPU and TensorRT. Missing: a GPU, TensorRT.")
+    gpu, tensorrt = more
+    assert gpu.startswith("  a GPU: PyTorch ") and tensorrt.endswith("`pip install tensorrt`")
     told = json.loads(file.read_text())
     assert told["sidecar"] == sidecar and told["problem"] == ""
 
@@ -141,7 +152,8 @@ def test_file_alone_needs_a_gpu(cache, capsys, tmp_path):
     assert TOOL.main([str(tmp_path / "alone.plan")]) == 2
     captured = capsys.readouterr()
     assert "no sidecar is beside it" in captured.out
-    assert "not even whether it is an engine" in captured.err and "sees no NVIDIA GPU" in captured.err
+    assert "not even whether it is an engine" in captured.err
+    assert "Missing: a GPU, TensorRT." in captured.err and "`pip install tensorrt`" in captured.err
 
 
 @pytest.mark.parametrize("beside", [None, "[1, 2]", '{"name": "notes"}'], ids=["alone", "list", "dict"])
@@ -179,7 +191,7 @@ def test_sidecar_may_be_named_for_its_engine(cache, capsys):
         (["such.engine"], "there is no file such.engine"),
         (["--config-file", "none.yaml", "--random-weights"], "'none.yaml' does not exist"),
         (["--config-file", str(CONFIG)], "is a backbone to start training from"),
-        (["--config-file", str(CONFIG), "--random-weights"], "sees no GPU"),
+        (["--config-file", str(CONFIG), "--random-weights"], "Missing: a GPU, TensorRT."),
     ],
 )
 def test_what_cannot_be_found_ends_with_status_2(cache, capsys, words, message):
@@ -193,17 +205,16 @@ def test_what_cannot_be_found_ends_with_status_2(cache, capsys, words, message):
 def test_layers_that_were_asked_for_need_a_gpu(cache, capsys, words):
     assert TOOL.main([key_of(1), *words]) == 2
     captured = capsys.readouterr()
-    assert "layers and times cannot be shown: PyTorch" in captured.err and "NVIDIA H200" in captured.out
+    assert "layers and times cannot be shown: Running engines takes a GPU and TensorRT." in captured.err
+    assert "`pip install tensorrt`" in captured.err and "NVIDIA H200" in captured.out
 
 
 def test_missing_tensorrt_is_said_in_a_line(cache, capsys, monkeypatch):
-    def missing():
-        raise MissingDependencyError("needs NVIDIA TensorRT")
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(compat, "tensorrt", missing)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert TOOL.main([key_of(1)]) == 0
-    assert "Its layers are not shown: needs NVIDIA TensorRT" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Its layers are not shown: Running engines takes a GPU and TensorRT. Missing: TensorRT.\n" in out
 
 
 @pytest.mark.parametrize(
@@ -250,7 +261,7 @@ def double(monkeypatch, tmp_path):
 
         monkeypatch.setattr(trt.Builder, "create_network", create_network, raising=False)
         conversion.use_conversion(monkeypatch)
-        monkeypatch.setattr(TensorRTBackend, "_require", lambda self: compat.tensorrt())
+        monkeypatch.setattr(requirements, "require", lambda *_, **__: compat.tensorrt())
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Double GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(backend_module, "Engine", InterpretedEngine)
@@ -350,8 +361,8 @@ def test_engine_that_tensorrt_refuses(double, tmp_path, capsys):
     assert "the engine does not load" in captured.err and "no sidecar is beside it" in captured.out
 
 
-def test_engine_with_a_sidecar_that_tensorrt_refuses(double, cache, capsys):
-    assert TOOL.main([str(engine_file(cache, 1))]) == 1
+def test_engine_with_a_sidecar_that_tensorrt_refuses(double, kept, capsys):
+    assert TOOL.main([str(engine_file(kept, 1))]) == 1
     captured = capsys.readouterr()
     assert "the engine does not load" in captured.err and "NVIDIA H200" in captured.out
 
