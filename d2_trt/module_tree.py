@@ -162,7 +162,7 @@ def _names_in_core(model: nn.Module) -> set[str] | None:
 
 def _class_of_core(model: nn.Module, used: set[str]) -> type:
     """The class that has the last word on core(): those below it, TensorRTMaskFormer among them, are the same network."""
-    return next(cls for cls in type(model).__mro__ if used & vars(cls).keys())
+    return next((cls for cls in type(model).__mro__ if used & vars(cls).keys()), type(model))
 
 
 @functools.lru_cache(maxsize=1024)
