@@ -22,7 +22,7 @@ from .ahead import examples_of, static_ranges
 from .build_failure import explained, is_memory_error, memory_error
 from .build_spec import BuildSpec, check_fp32_modules, check_precision, default_fp32_modules
 from .cache import BuiltEngine, CacheEntry, EngineCache
-from .cache_timing import TimingCache
+from .cache_timing import TimingCache, what_is_timed
 from .engine import Engine
 from .errors import (
     BuildError,
@@ -372,7 +372,10 @@ class TensorRTBackend:
         options = self.options
         logger.info("Building the TensorRT engine for %s; this takes minutes, once", shapes.describe())
         timing = TimingCache(
-            self._cache.directory, **identity, writable=options.timing_cache and options.cache.writable
+            self._cache.directory,
+            **identity,
+            build=what_is_timed(self._cfg, spec),
+            writable=options.timing_cache and options.cache.writable,
         )
         use_timings = options.timing_cache and options.cache.mode != "off"
         samples = SampleImages(self._model.device, images() if callable(images) else images)
@@ -383,7 +386,7 @@ class TensorRTBackend:
                 plan, report, timings = builder.build_engine(
                     self._model, spec, samples.take(shapes.opt), timing.load() if use_timings else b""
                 )
-                timing.merge(timings, builder.combine_timing_caches)
+                timing.merge(timings, builder.timing_combiner())
                 engine = self._make_engine(plan, shapes)
                 numbers = {}
                 if options.verify.enabled:
