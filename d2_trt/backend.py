@@ -363,7 +363,8 @@ class TensorRTBackend:
             return built
 
         with _on(self._model.device), builder.eval_mode(self._model):
-            entry = cache.get_or_build(self._ingredients(shapes, spec, identity), build)
+            terms = {"verify": dataclasses.asdict(self.options.verify)}
+            entry = cache.get_or_build(self._ingredients(shapes, spec, identity), build, terms)
         return entry, made[0] if made and entry.built else None
 
     def _build(
