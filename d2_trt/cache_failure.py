@@ -51,9 +51,9 @@ def read_failure(path: Path) -> BuildFailure | None:
     """The failure in a file; None where there is none, or where it is damaged."""
     try:
         failure = BuildFailure(**json.loads(path.read_bytes()))
+        return failure if failure.kind in _SHARED else None
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return failure if failure.kind in _SHARED else None
 
 
 def write_failure(path: Path, failure: BuildFailure) -> None:
