@@ -7,20 +7,18 @@ import dataclasses
 import itertools
 import threading
 import time
-import weakref
-from collections.abc import Callable, Hashable, Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from mask2former.backend import name_runners
 
-from . import builder, cache_key, compat, parity, plugin, requirements
+from . import builder, engine_key, parity, requirements
 from .ahead import examples_of, static_ranges
 from .build_failure import explained, is_memory_error, memory_error
-from .build_spec import BuildSpec, check_fp32_modules, check_precision, default_fp32_modules
+from .build_spec import BuildSpec
 from .cache import BuiltEngine, CacheEntry, EngineCache
 from .cache_timing import TimingCache, what_is_timed
 from .engine import Engine
@@ -34,9 +32,10 @@ from .errors import (
     first_line,
 )
 from .logging import follow_detectron2, get_logger
+from .network_digest import NetworkChanged, NetworkDigest, NetworkWatch, call_on_load
 from .options import TensorRTOptions
 from .run_record import RunRecord
-from .sample_images import SampleImages, images_to_compare
+from .sample_images import SampleImages, images_to_compare, verified_batches
 from .shape_range import ShapeRange
 
 if TYPE_CHECKING:
@@ -47,6 +46,9 @@ logger = get_logger(__name__)
 # Engines kept in memory with STATIC, where every padded size has one; the least recently used is loaded again from the
 # cache when its size comes back.
 MAX_LOADED = 8
+
+# How often a build begins anew because the model has become another on the way.
+MAX_TRIES = 3
 
 
 @dataclasses.dataclass
@@ -73,8 +75,8 @@ class TensorRTBackend:
 
     Engines are for the weights that the model has when they are needed. load_state_dict on the model or on a part of it
     is noticed, and the next call looks again: the same weights keep their engines, others get their own. Edits that
-    PyTorch does not announce (`parameter.copy_`, an optimizer's step, a module put in the place of another) are not
-    noticed: call weights_changed() after them.
+    PyTorch does not announce (`parameter.copy_`, an optimizer's step, a module put in the place of another) are
+    noticed when an engine is built, which is never kept as that of another network; call weights_changed() after them.
     """
 
     def __init__(self, model, cfg):
@@ -98,13 +100,12 @@ class TensorRTBackend:
         self._loaded: dict[_Where, _Loaded] = {}
         self._failures: dict[_Where, D2TRTError] = {}
         self._clock = itertools.count()
-        self._weights: str | None = None
-        self._stale = False
+        self._watch = NetworkWatch(model)
+        self._network: NetworkDigest | None = None
+        self._stale = self._announced = False
         self._unavailable: D2TRTError | None = None
         self._record = RunRecord()
-        notice = _notice_for(self)
-        for module in model.modules():  # the hooks of a part run when that part alone is loaded
-            module.register_load_state_dict_post_hook(notice)
+        call_on_load(model, self._notice_load)
         try:
             self._require()
         except MissingDependencyError as error:
@@ -167,7 +168,11 @@ class TensorRTBackend:
         return outputs
 
     def weights_changed(self) -> None:
-        """Tell the backend that the model's weights may be others now; the next call looks."""
+        """Tell the backend that the model's weights or modules may be others now; the next call looks."""
+        self._announced = True
+        self._stale = True
+
+    def _notice_load(self) -> None:
         self._stale = True
 
     def entry(self, shapes: ShapeRange, images: Tensor | None = None) -> CacheEntry:
@@ -183,8 +188,13 @@ class TensorRTBackend:
         if self._unavailable is not None:
             raise self._unavailable
         with self._lock:
-            self._refresh()
-            return self._get_entry(shapes, images, self._cache)[0]
+            try:
+                self._refresh()
+                return self._obtain(shapes, images, run=False)[0]
+            except D2TRTError:
+                raise
+            except Exception as error:
+                _raise(explained(error, "build", self._limits(shapes), self._model.device), error)
 
     def describe(self) -> dict[str, Any]:
         """What has run the network so far, JSON-serialisable.
@@ -218,9 +228,7 @@ class TensorRTBackend:
         except Exception as error:
             failure = self._failure(error, "run", shapes)
             if self.options.on_error != "torch":
-                if failure is error:
-                    raise
-                raise failure from error
+                _raise(failure, error)
         self._say_fallback(failure, about=("run", type(failure)))
         return None
 
@@ -239,34 +247,31 @@ class TensorRTBackend:
         return loaded.engine
 
     def _find_or_load(self, where: _Where, images: _Images) -> _Loaded | None:
-        self._refresh()
-        if where in self._loaded:
-            return self._loaded[where]
-        if where not in self._failures:
-            try:
+        try:
+            self._refresh()
+            if where not in self._loaded and where not in self._failures:
                 loaded = self._load(where[0], images)
-            except OptionsError:
-                raise  # a mistake in the config is one with a fallback, too
-            except Exception as error:
-                failure = self._failure(error, "build or load", where[0])
-                if self.options.on_error == "torch":
-                    self._failures[where] = failure
-                else:
-                    # Minutes of building would end the same way. Memory may be there when it is asked for again.
-                    if isinstance(failure, D2TRTError) and not isinstance(failure, GPUMemoryError):
-                        self._failures[where] = type(failure)(*failure.args)
-                    if failure is error:
-                        raise
-                    raise failure from error
-            else:
                 while len(self._loaded) >= MAX_LOADED:
                     self._unload(min(self._loaded, key=lambda w: self._loaded[w].used))
                 self._loaded[where] = loaded
-                return loaded
-        error = self._failures[where]
-        if self.options.on_error != "torch":
-            raise type(error)(*error.args)
-        self._say_fallback(error)
+        except OptionsError:
+            raise  # a mistake in the config is one with a fallback, too
+        except Exception as error:
+            failure = self._failure(error, "build or load", where[0])
+            falls_back = self.options.on_error == "torch"
+            # Minutes of building would end the same way. Memory may be there when it is asked for again, and so may
+            # weights that could not be read.
+            if not self._stale and (falls_back or not isinstance(failure, GPUMemoryError)):
+                self._failures[where] = type(failure)(*failure.args)
+            if not falls_back:
+                _raise(failure, error)
+        else:
+            if where in self._loaded:
+                return self._loaded[where]
+            failure = self._failures[where]
+            if self.options.on_error != "torch":
+                raise type(failure)(*failure.args)
+        self._say_fallback(failure, about=("load", str(failure)))
         return None
 
     def _unload(self, where: _Where) -> None:
@@ -274,23 +279,30 @@ class TensorRTBackend:
         del self._loaded[where]
 
     def _refresh(self) -> None:
-        """Digest the weights where they may have changed; engines of others go. Under the lock."""
-        if self._weights is not None and not self._stale:
+        """Digest the network where it may have changed; engines of others go. Under the lock."""
+        if self._network is not None and not self._stale:
             return
         self._stale = False  # before reading: what is loaded meanwhile makes it stale again
-        weights = cache_key.weights_digest(self._model)
-        if weights != self._weights:
-            for where in list(self._loaded):
-                self._unload(where)
-            self._failures.clear()
-            self._weights = weights
+        try:
+            if self._announced:
+                self._announced = False
+                self._watch.forget()
+            network = self._watch.read()
+            if network != self._network:
+                for where in list(self._loaded):
+                    self._unload(where)
+                self._failures.clear()
+                self._network = network
+        except BaseException:
+            self._stale = True
+            raise
 
     def _require(self) -> None:
         requirements.require(self._model.device, builds=self.options.cache.mode != "require")
 
-    def _failure(self, error: Exception, doing: str, shapes: ShapeRange) -> Exception:
-        """The error as build_failure.explained has it; without a fallback as it is, but for PyTorch's about memory."""
-        if self.options.on_error != "torch" and not isinstance(error, torch.cuda.OutOfMemoryError):
+    def _failure(self, error: Exception, doing: str, shapes: ShapeRange) -> D2TRTError:
+        """The error as build_failure.explained has it; this project's own, without a fallback, as it is."""
+        if self.options.on_error != "torch" and isinstance(error, D2TRTError):
             return error
         return explained(error, doing, self._limits(shapes), self._model.device)
 
@@ -307,19 +319,9 @@ class TensorRTBackend:
     # Loading and building
 
     def _load(self, shapes: ShapeRange, images: _Images) -> _Loaded:
-        """An engine in memory, from the cache or built. What the cache has and TensorRT refuses is built again."""
+        """An engine in memory, from the cache or built."""
         started = time.perf_counter()
-        entry, engine = self._get_entry(shapes, images, self._cache)
-        if engine is None:
-            try:
-                engine = self._make_engine(entry.data, shapes)
-            except BuildError as error:
-                # Where memory does not suffice the entry is good, and a build would want more.
-                if self._cache.mode == "require" or isinstance(error, GPUMemoryError):
-                    raise
-                logger.warning("The cached engine %s is built again: %s", entry.path, error)
-                entry, engine = self._get_entry(shapes, images, self._rebuilding())
-                engine = engine or self._make_engine(entry.data, shapes)
+        entry, engine = self._obtain(shapes, images, run=True)
         seconds = time.perf_counter() - started
         engine_info = entry.sidecar["engine"]
         logger.info(
@@ -341,6 +343,44 @@ class TensorRTBackend:
         }
         return _Loaded(engine, about, next(self._clock))
 
+    def _obtain(self, shapes: ShapeRange, images: _Images, run: bool) -> tuple[CacheEntry, Engine | None]:
+        """A range's entry, as checked as VERIFY asks, with its engine where it is there or is wanted. Under the lock."""
+        for _ in range(MAX_TRIES):
+            try:
+                with _on(self._model.device), builder.eval_mode(self._model):
+                    return self._obtain_once(shapes, images, run)
+            except NetworkChanged:
+                logger.warning(
+                    "The model changed before its engine was done: one of what it is now is to follow"
+                )
+                self._stale = True
+                self._refresh()
+        self._network = None  # the next call tries again
+        raise BuildError(
+            f"the model changed {MAX_TRIES} times while its engine was built. Load weights, and edit the model, before "
+            "or after."
+        )
+
+    def _obtain_once(
+        self, shapes: ShapeRange, images: _Images, run: bool
+    ) -> tuple[CacheEntry, Engine | None]:
+        """What the cache has and TensorRT refuses is built again."""
+        entry, engine = self._get_entry(shapes, images, self._cache)
+        if engine is None and (run or not self._is_checked(entry, shapes)):
+            try:
+                engine = self._make_engine(entry.data, shapes)
+            except BuildError as error:
+                # Where memory does not suffice the entry is good, and a build would want more.
+                if self._cache.mode == "require" or isinstance(error, GPUMemoryError):
+                    raise
+                logger.warning("The cached engine %s is built again: %s", entry.path, error)
+                entry, engine = self._get_entry(shapes, images, self._rebuilding())
+                engine = engine or self._make_engine(entry.data, shapes)
+        if not self._is_checked(entry, shapes):
+            logger.info("The cached engine %s was not compared as MODEL.TENSORRT.VERIFY asks", entry.path)
+            entry = self._cache.note_parity(entry, self._compare_cached(engine, shapes, images))
+        return entry, engine
+
     def _rebuilding(self) -> EngineCache:
         """A cache that builds once more what it is asked for, where the configured one may be written to."""
         if self._repairs is None:
@@ -352,19 +392,23 @@ class TensorRTBackend:
         self, shapes: ShapeRange, images: _Images, cache: EngineCache
     ) -> tuple[CacheEntry, Engine | None]:
         """A range's entry; with it the engine, where it was built and checked just now. Under the lock."""
-        identity = self._identity()
-        spec = self._spec(shapes, identity["compute_capability"])
+        device, network = self._model.device, self._network
+        identity = engine_key.identity_of(device)
+        spec = engine_key.build_spec(self.options, shapes, device, identity["compute_capability"])
+        ingredients = engine_key.ingredients_of(
+            self._model, self._cfg, self.options, network, spec, shapes, identity
+        )
         made: list[Engine] = []
 
         def build() -> BuiltEngine:
             made.clear()
-            built, engine = self._build(shapes, spec, identity, images)
+            with self._watch.unchanged(network), self._comparing(shapes):
+                built, engine = self._build(shapes, spec, identity, images)
             made.append(engine)
             return built
 
-        with _on(self._model.device), builder.eval_mode(self._model):
-            terms = {"verify": dataclasses.asdict(self.options.verify)}
-            entry = cache.get_or_build(self._ingredients(shapes, spec, identity), build, terms)
+        terms = {"verify": dataclasses.asdict(self.options.verify)}
+        entry = cache.get_or_build(ingredients, build, terms)
         return entry, made[0] if made and entry.built else None
 
     def _build(
@@ -379,28 +423,56 @@ class TensorRTBackend:
             writable=options.timing_cache and options.cache.writable,
         )
         use_timings = options.timing_cache and options.cache.mode != "off"
-        samples = SampleImages(self._model.device, images() if callable(images) else images)
+        samples = self._samples(images)
+        plan, report, timings = builder.build_engine(
+            self._model, spec, samples.take(shapes.opt), timing.load() if use_timings else b""
+        )
+        timing.merge(timings, builder.timing_combiner())
+        engine = self._make_engine(plan, shapes)
+        numbers = self._compare(engine, shapes, samples) if options.verify.enabled else {}
+        return BuiltEngine(plan, report=dataclasses.asdict(report), parity=numbers), engine
+
+    def _samples(self, images: _Images) -> SampleImages:
+        return SampleImages(self._model.device, images() if callable(images) else images)
+
+    @contextlib.contextmanager
+    def _comparing(self, shapes: ShapeRange) -> Iterator[None]:
+        """Around a build or a comparison: what the caller computes in is not what the network runs in."""
+        autocast = torch.autocast(self._model.device.type, enabled=False)
         try:
-            # What the caller computes in is not what the network is traced in.
-            autocast = torch.autocast(self._model.device.type, enabled=False)
             with torch.inference_mode(False), torch.no_grad(), autocast:
-                plan, report, timings = builder.build_engine(
-                    self._model, spec, samples.take(shapes.opt), timing.load() if use_timings else b""
-                )
-                timing.merge(timings, builder.timing_combiner())
-                engine = self._make_engine(plan, shapes)
-                numbers = {}
-                if options.verify.enabled:
-                    step = max(self._model.size_divisibility, 1)
-                    batches = images_to_compare(
-                        samples, shapes, step, options.verify.sizes, options.verify.images
-                    )
-                    numbers = parity.verify(engine, self._model.core, batches, options.verify)
-                    numbers |= {"given_images": samples.given, "drawn_scenes": samples.drawn}
-                    logger.info("Compared with PyTorch on %s", samples.describe())
+                yield
         except torch.cuda.OutOfMemoryError as error:
             raise memory_error(error, "build and check", self._limits(shapes), self._model.device) from error
-        return BuiltEngine(plan, report=dataclasses.asdict(report), parity=numbers), engine
+
+    def _is_checked(self, entry: CacheEntry, shapes: ShapeRange) -> bool:
+        verify = self.options.verify
+        if not verify.enabled:
+            return True
+        batches = verified_batches(shapes, self._step, verify.sizes, verify.images)
+        return parity.passed(entry.parity, batches, verify)
+
+    @property
+    def _step(self) -> int:
+        return max(self._model.size_divisibility, 1)
+
+    def _compare(self, engine: Engine, shapes: ShapeRange, samples: SampleImages) -> dict[str, Any]:
+        """
+        Returns:
+            the numbers of parity.verify, and how many images of which kind they are from.
+
+        Raises:
+            ParityError: see parity.verify.
+        """
+        verify = self.options.verify
+        batches = images_to_compare(samples, shapes, self._step, verify.sizes, verify.images)
+        numbers = parity.verify(engine, self._model.core, batches, verify)
+        logger.info("Compared with PyTorch on %s", samples.describe())
+        return numbers | {"given_images": samples.given, "drawn_scenes": samples.drawn}
+
+    def _compare_cached(self, engine: Engine, shapes: ShapeRange, images: _Images) -> dict[str, Any]:
+        with self._watch.unchanged(self._network), self._comparing(shapes):
+            return self._compare(engine, shapes, self._samples(images))
 
     def _make_engine(self, plan: bytes, shapes: ShapeRange) -> Engine:
         """
@@ -423,69 +495,12 @@ class TensorRTBackend:
                 raise
             raise memory_error(error, "load", self._limits(shapes), self._model.device) from error
 
-    def _spec(self, shapes: ShapeRange, capability: tuple[int, int]) -> BuildSpec:
-        options = self.options
-        check_precision(options.precision, self._model.device)
-        choices = {
-            n.lower(): plugin.resolve(n, getattr(options, n.lower()), capability) for n in plugin.OPTIONS
-        }
-        return BuildSpec(
-            min_shape=shapes.min,
-            opt_shape=shapes.opt,
-            max_shape=shapes.max,
-            precision=options.precision,
-            fp32_modules=options.resolve_fp32_modules(default_fp32_modules(choices["attention"])),
-            **choices,
-            workspace_bytes=options.workspace_bytes,
-            opt_level=options.opt_level,
-        )
 
-    def _identity(self) -> dict[str, Any]:
-        """The TensorRT and the GPU that engines are for."""
-        device = self._model.device
-        return {
-            "tensorrt": compat.tensorrt().__version__,
-            "gpu": torch.cuda.get_device_name(device),
-            "compute_capability": torch.cuda.get_device_capability(device),
-        }
-
-    def _ingredients(self, shapes: ShapeRange, spec: BuildSpec, identity: dict[str, Any]) -> dict[str, Any]:
-        import detectron2
-
-        check_fp32_modules(self.options.fp32_modules, self._model)
-        here = Path(__file__).parent
-        config = cache_key.graph_config(self._cfg)
-        if config["META_ARCHITECTURE"] == "TensorRTMaskFormer":
-            config["META_ARCHITECTURE"] = "MaskFormer"  # the same network
-        return cache_key.key_ingredients(
-            weights=self._weights,
-            config=config,
-            options=self.options.graph_key(default_fp32_modules(spec.attention)),
-            shapes=shapes,
-            versions={
-                "d2_trt": cache_key.source_digest(here),
-                "mask2former": cache_key.source_digest(
-                    here.parent / "mask2former", cache_key.NETWORK_SOURCES
-                ),
-                "model": cache_key.model_sources(self._model),
-                "detectron2": detectron2.__version__,
-                "torch": torch.__version__,
-            },
-            plugins=plugin.identities({n: getattr(spec, n.lower()) for n in plugin.OPTIONS}),
-            **identity,
-        )
-
-
-def _notice_for(backend: TensorRTBackend):
-    """A load_state_dict hook. It does not keep alive a backend, with its engines, that the model has no more."""
-    reference = weakref.ref(backend)
-
-    def notice(module, incompatible_keys) -> None:
-        backend = reference()
-        if backend is not None:
-            backend.weights_changed()
-
-    return notice
+def _raise(failure: D2TRTError, error: Exception) -> NoReturn:
+    """What an error is told as, with the error itself as its cause where they are two."""
+    if failure is error:
+        raise failure
+    raise failure from error
 
 
 def _on(device: torch.device):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .cache_entry import BuiltEngine, CacheEntry, EntryInfo, make_sidecar
+from .cache_entry import BuiltEngine, CacheEntry, EntryInfo, make_sidecar, with_parity
 from .cache_failure import BuildFailure
 from .cache_key import canonical, digest
 from .cache_store import EngineStore
@@ -152,6 +152,16 @@ class EngineCache:
         if problem:
             logger.warning("The cached engine %s is not used: %s", self._store.engine_path(key), problem)
         return None if entry is None else self._used(entry)
+
+    def note_parity(self, entry: CacheEntry, parity: Mapping[str, Any]) -> CacheEntry:
+        """The entry with the numbers of another comparison, in its sidecar too where the cache may be written to."""
+        entry = replace(entry, sidecar=with_parity(entry.sidecar, parity))
+        if entry.path is not None and self.mode in ("readwrite", "rebuild"):
+            try:
+                self._store.write_sidecar(entry)
+            except OSError as error:
+                logger.warning("The comparison of %s cannot be kept: %s", entry.path, error)
+        return entry
 
     def list(self) -> list[EntryInfo]:
         """Every entry, the most recently used first. Sidecars are checked, of engines only the size."""

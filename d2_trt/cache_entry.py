@@ -94,6 +94,13 @@ def make_sidecar(
     return {**sidecar, "checksum": digest(sidecar)}
 
 
+def with_parity(sidecar: Mapping[str, Any], parity: Mapping[str, Any]) -> dict[str, Any]:
+    """A sidecar with the numbers of another comparison."""
+    changed = {**sidecar, "parity": readable(parity)}
+    del changed["checksum"]
+    return {**changed, "checksum": digest(changed)}
+
+
 def parse_sidecar(content: bytes, key: str) -> dict[str, Any]:
     """KEY.json, checked.
 

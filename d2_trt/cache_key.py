@@ -105,7 +105,7 @@ def weights_digest(module: nn.Module) -> str:
     # hashlib lets go of the interpreter's lock.
     with ThreadPoolExecutor(max_workers=4, thread_name_prefix="d2_trt-digest") as pool:
         for name, tensor in tensors.items():
-            array = _bytes_of(name, tensor)
+            array = tensor_bytes(name, tensor)
             waiting.append((name, array.nbytes, pool.submit(lambda a: hashlib.sha256(a).hexdigest(), array)))
             pending += array.nbytes
             while pending > _PENDING_BYTES:
@@ -115,7 +115,15 @@ def weights_digest(module: nn.Module) -> str:
     return digest([[n, str(tensors[n].dtype), list(tensors[n].shape), digests[n]] for n in sorted(digests)])
 
 
-def _bytes_of(name: str, tensor):
+def tensor_bytes(name: str, tensor):
+    """A tensor's bytes as a NumPy array.
+
+    Args:
+        name: what an error calls the tensor.
+
+    Raises:
+        CacheError: see weights_digest.
+    """
     import torch  # here, so that tools/cache.py's listing does not wait for it
 
     if tensor.device.type == "meta" or tensor.layout != torch.strided or tensor.is_quantized:
@@ -180,6 +188,7 @@ def package_version(name: str) -> str:
 def key_ingredients(
     *,
     weights: str,
+    modules: str,
     config: Mapping[str, Any],
     options: Mapping[str, Any],
     shapes: ShapeRange,
@@ -193,6 +202,7 @@ def key_ingredients(
 
     Args:
         weights: of weights_digest.
+        modules: of NetworkDigest.modules_digest.
         config: of graph_config.
         options: of TensorRTOptions.graph_key.
         shapes: what the engine is built for.
@@ -205,6 +215,7 @@ def key_ingredients(
     return {
         "format": FORMAT,
         "weights": weights,
+        "modules": modules,
         "config": config,
         "options": options,
         "shapes": shapes.to_json(),

@@ -239,6 +239,18 @@ class EngineStore:
         self.touch(entry.key)
         return CacheEntry(entry.key, entry.data, entry.sidecar, engine, entry.built)
 
+    def write_sidecar(self, entry: CacheEntry) -> None:
+        """Put another sidecar beside an engine, unless that has become another or is being built.
+
+        Raises:
+            OSError: nothing was written.
+        """
+        with self.key_lock(entry.key) as held:
+            now, _ = self.read(entry.key, hold=False)
+            if held is not None and now is not None and now.sidecar["engine"] == entry.sidecar["engine"]:
+                write_files({self.sidecar_path(entry.key): dump(entry.sidecar)})
+                self.touch(entry.key)
+
     def touch(self, key: str) -> None:
         """Note that an entry is used now.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .errors import ParityError
 from .options import VerifyOptions
+from .shape_range import Shape
 
 
 @contextlib.contextmanager
@@ -125,6 +127,29 @@ def verify(
             "MODEL.TENSORRT.VERIFY.* if the difference is acceptable."
         )
     return {"sizes": rows}
+
+
+def passed(numbers: Mapping[str, Any], batches: Iterable[Shape], options: VerifyOptions) -> bool:
+    """Whether an earlier comparison, as a sidecar tells it, is all that is asked for now.
+
+    Args:
+        numbers: what verify returned.
+        batches: (batch, height, width) of those to compare at.
+    """
+    rows = numbers.get("sizes") or []
+    compared: Counter[str] = Counter()
+    for row in rows:
+        batch, _, size = row["images"].split("x", 2)
+        compared[size] += int(batch)
+    asked: Counter[str] = Counter()
+    for batch, height, width in batches:
+        asked[f"{height}x{width}"] += batch
+    if not compared >= asked:  # fewer images of one of the sizes
+        return False
+    measured = [{name: row.get(name) for name in Comparison().numbers()} for row in rows]
+    if any(not isinstance(value, (int, float)) for row in measured for value in row.values()):
+        return False  # of a comparison that measured less, or what is no number
+    return not any(_below(row, options) for row in measured)
 
 
 def _shapes_that_differ(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> list[str]:

@@ -35,6 +35,7 @@ def ingredients(number: int = 0, **changes) -> dict:
     """What an engine is made from; another one for every number."""
     values = {
         "weights": f"{number:064x}",
+        "modules": "",
         "config": {"RESNETS": {"DEPTH": 50}},
         "options": {"precision": "fp16"},
         "shapes": ShapeRange((1, 256, 256), (1, 800, 1088), (1, 1344, 1344)),

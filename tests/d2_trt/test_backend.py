@@ -299,6 +299,23 @@ def test_static_engines_in_memory_are_bounded(workshop, monkeypatch):
     assert (len(workshop.built), workshop.deserialized) == (3, 4)
 
 
+def test_engine_is_let_go_of_once_the_gpu_has_done_with_it(workshop, monkeypatch):
+    """Of the least recently used and of other weights' engines."""
+    monkeypatch.setattr(backend_module, "MAX_LOADED", 1)
+    model, kept = TinyModel(0), []
+    backend = make_backend(model, STATIC=True)
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", lambda device=None: kept.append((device, len(backend._loaded)))
+    )
+    backend(images(1, 64, 64))
+    assert kept == []
+    backend(images(1, 64, 96))
+    assert kept == [(model.device, 1)]
+    model.load_state_dict(TinyModel(1).state_dict())
+    backend(images(1, 64, 96))
+    assert kept == [(model.device, 1)] * 2
+
+
 # Threads, and the caller's state
 
 

@@ -11,10 +11,17 @@ import pytest
 import torch
 
 from d2_trt import backend as backend_module
-from d2_trt import builder, compat, plugin
+from d2_trt import builder, cache_key, compat, plugin
 from d2_trt.backend import TensorRTBackend
 from d2_trt.build_spec import BuildSpec
-from d2_trt.errors import BuildError, GPUMemoryError, MissingDependencyError, OptionsError, ParityError
+from d2_trt.errors import (
+    BuildError,
+    D2TRTError,
+    GPUMemoryError,
+    MissingDependencyError,
+    OptionsError,
+    ParityError,
+)
 from tests.d2_trt.backend_helpers import TinyModel, entries, equal, images, make_backend, make_cfg
 from tests.d2_trt.backend_helpers import workshop as workshop
 from tests.doubles.fixtures import trt_double as trt  # noqa: F401
@@ -262,8 +269,9 @@ def test_engine_that_does_not_run_is_an_error_without_a_fallback(workshop):
     with pytest.raises(GPUMemoryError, match=r"CUDA out of memory\. Tried.*MODEL\.TENSORRT\.MAX_BATCH_SIZE"):
         backend(images())
     workshop.disturb = bug
-    with pytest.raises(AssertionError):  # a fault of the program shows as one
+    with pytest.raises(BuildError, match=r"could not run the engine \(AssertionError") as error:
         backend(images())
+    assert isinstance(error.value.__cause__, AssertionError)  # a fault of the program shows as one
 
 
 @pytest.mark.parametrize("fail", [BuildError("no"), RuntimeError("CUDA error"), TypeError(), OSError("full")])
@@ -319,3 +327,60 @@ def test_refused_engine_is_built_once_for_ranks_that_wait_for_it(workshop, monke
     later = make_backend(ON_ERROR="torch", **options[0])
     later.prepare()
     assert len(workshop.built) == (2 if alike else 4)
+
+
+@pytest.mark.parametrize("fail", [RuntimeError("CUDA error"), TypeError(), OSError("full")])
+def test_every_failure_without_a_fallback_is_one_of_this_projects(workshop, monkeypatch, fail):
+    def failed(call, doing):
+        with pytest.raises(
+            D2TRTError, match=rf"could not {doing} the engine \({type(fail).__name__}"
+        ) as error:
+            call()
+        assert error.value.__cause__ is fail
+
+    workshop.fail = fail
+    backend = make_backend()
+    failed(lambda: backend.entry(backend.options.shapes), "build")
+    failed(lambda: backend(images()), "build or load")
+    with pytest.raises(D2TRTError, match="could not build or load"):
+        backend(images())  # without minutes of building that end the same way
+    assert len(workshop.built) == 2
+    workshop.fail = None
+
+    def digest(model):
+        raise fail
+
+    for ask in (lambda b: b(images()), lambda b: b.prepare(), lambda b: b.entry(b.options.shapes)):
+        backend = make_backend()
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_key, "weights_digest", digest)
+            failed(lambda: ask(backend), "build( or load)?")  # noqa: B023
+
+
+def test_weights_that_cannot_be_read_leave_the_image_to_pytorch(workshop, monkeypatch):
+    def digest(model):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    backend = make_backend(model := TinyModel(), ON_ERROR="torch")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_key, "weights_digest", digest)
+        assert equal(backend(images()), model.core(images()))
+    backend(images())  # they are to be read again
+    assert backend.describe()["images"] == {"tensorrt": 1, "torch": 1}
+
+
+@pytest.mark.parametrize("on_error", ["raise", "torch"])
+def test_engines_of_other_weights_are_not_used_where_those_cannot_be_read(workshop, monkeypatch, on_error):
+    def digest(model):
+        raise RuntimeError("CUDA error")
+
+    backend = make_backend(model := TinyModel(0), ON_ERROR=on_error)
+    backend(images())
+    model.load_state_dict(TinyModel(1).state_dict())
+    monkeypatch.setattr(cache_key, "weights_digest", digest)
+    for _ in range(2):
+        if on_error == "torch":
+            assert equal(backend(images()), TinyModel(1).core(images()))
+        else:
+            with pytest.raises(D2TRTError, match="CUDA error"):
+                backend(images())

@@ -10,7 +10,7 @@ import torch
 from detectron2.engine import DefaultPredictor
 
 import d2_trt  # noqa: F401
-from d2_trt import builder
+from d2_trt import builder, parity
 from mask2former.data.datasets.shapes_scene import draw_scene
 from tests.golden import mini_cfg, relative_error, state_dict
 
@@ -112,6 +112,18 @@ def test_second_start_loads_the_cached_engine(trt_predictor, torch_predictor, ca
     images = batch(1, 96, 128)
     with torch.inference_mode():
         assert_close(again.model.backend(images), torch_predictor.model.core(images))
+
+
+def test_cached_engine_is_compared_at_more_sizes_without_a_build(trt_predictor, cache, no_build, monkeypatch):
+    verify, calls = parity.verify, []
+    monkeypatch.setattr(parity, "verify", lambda *words: calls.append(1) or verify(*words))
+    for _ in range(2):  # the second start finds the first one's numbers
+        again = make_predictor("tensorrt", cache, "MODEL.TENSORRT.VERIFY.SIZES", 4)
+        again.model.prepare()
+        (engine,) = again.model.backend.describe()["engines"]
+        assert engine["built"] is False and len(engine["parity"]["sizes"]) == 4
+        assert all(row["mask_error"] < 2e-3 for row in engine["parity"]["sizes"])
+    assert len(calls) == 1
 
 
 def test_meta_architecture_that_says_it_shares_the_engine(trt_predictor, cache, no_build):

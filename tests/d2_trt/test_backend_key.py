@@ -5,7 +5,9 @@ import shutil
 import sys
 from pathlib import Path
 
+import detectron2
 import pytest
+import torch
 
 import mask2former
 from d2_trt import cache_key
@@ -61,6 +63,24 @@ def test_who_only_runs_engines_needs_no_torch2trt(tmp_path, monkeypatch):
         keys.add(key())
         versions.add(cache_key.package_version("torch2trt"))
     assert len(keys) == 1 and len(versions) == 2
+
+
+@pytest.mark.parametrize("package", [torch, detectron2])
+def test_another_version_of_what_the_network_is_made_of_is_another_engine(monkeypatch, package):
+    before = key()
+    monkeypatch.setattr(package, "__version__", "99.0")
+    assert key() != before
+
+
+def test_edit_of_this_package_is_another_engine(tmp_path, monkeypatch):
+    before = key()
+    real = cache_key.source_digest
+    monkeypatch.setattr(
+        cache_key,
+        "source_digest",
+        lambda package, *parts: "edited" if Path(package).name == "d2_trt" else real(package, *parts),
+    )
+    assert key() != before
 
 
 def test_missing_package_has_a_version_too():

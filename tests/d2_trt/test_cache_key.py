@@ -162,6 +162,7 @@ def test_every_ingredient_must_be_given():
     with pytest.raises(TypeError, match="gpu"):
         key_ingredients(
             weights="",
+            modules="",
             config={},
             options={},
             shapes=ShapeRange.fixed(1, 32, 32),
