@@ -20,7 +20,7 @@ from .ahead import examples_of, static_ranges
 from .build_failure import explained, is_memory_error, memory_error
 from .build_spec import BuildSpec
 from .cache import BuiltEngine, CacheEntry, EngineCache
-from .cache_timing import TimingCache
+from .cache_timing import TimingCache, what_is_timed
 from .engine import Engine
 from .errors import (
     BuildError,
@@ -463,7 +463,8 @@ class TensorRTBackend:
             made.append(engine)
             return built
 
-        entry = cache.get_or_build(ingredients, build)
+        terms = {"verify": dataclasses.asdict(self.options.verify)}
+        entry = cache.get_or_build(ingredients, build, terms)
         return entry, made[0] if made and entry.built else None
 
     def _build(
@@ -472,14 +473,17 @@ class TensorRTBackend:
         options = self.options
         logger.info("Building the TensorRT engine for %s; this takes minutes, once", shapes.describe())
         timing = TimingCache(
-            self._cache.directory, **identity, writable=options.timing_cache and options.cache.writable
+            self._cache.directory,
+            **identity,
+            build=what_is_timed(self._cfg, spec),
+            writable=options.timing_cache and options.cache.writable,
         )
         use_timings = options.timing_cache and options.cache.mode != "off"
         samples = self._samples(images)
         plan, report, timings = builder.build_engine(
             self._model, spec, samples.take(shapes.opt), timing.load() if use_timings else b""
         )
-        timing.merge(timings, builder.combine_timing_caches)
+        timing.merge(timings, builder.timing_combiner())
         engine = self._make_engine(plan, shapes)
         numbers = self._compare(engine, shapes, samples) if options.verify.enabled else {}
         return BuiltEngine(plan, report=dataclasses.asdict(report), parity=numbers), engine

@@ -298,6 +298,11 @@ def _use_timings(config, timings: bytes):
     return None
 
 
+def timing_combiner() -> Callable[[bytes, bytes], bytes] | None:
+    """combine_timing_caches; None where this TensorRT cannot do it safely."""
+    return combine_timing_caches if compat.timing_caches_combine() else None
+
+
 def combine_timing_caches(old: bytes, new: bytes) -> bytes:
     """Both timing caches in one, the newer timings winning.
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from .cache_entry import BuiltEngine, CacheEntry, EntryInfo, make_sidecar, with_parity
+from .cache_failure import BuildFailure
 from .cache_key import canonical, digest
 from .cache_store import EngineStore
 from .errors import CacheError
@@ -67,18 +68,27 @@ class EngineCache:
     def directory(self):
         return self._store.directory
 
-    def get_or_build(self, ingredients: Mapping[str, Any], build: Callable[[], BuiltEngine]) -> CacheEntry:
+    def get_or_build(
+        self,
+        ingredients: Mapping[str, Any],
+        build: Callable[[], BuiltEngine],
+        terms: Mapping[str, Any] | None = None,
+    ) -> CacheEntry:
         """The engine made from these ingredients: from the disk, or built and put there.
 
-        Of the threads and processes that ask for the same one, one builds and the others wait for it. Should it fail
-        or die, the next builds. Different engines are built at the same time.
+        Of the threads and processes that ask for the same one, one builds and the others wait for it. Should TensorRT or
+        the comparison with PyTorch refuse it, those that wait on the same terms get that error too, and whoever asks later
+        builds. Should the build fail otherwise, or die, the next in line builds. Different engines are built at the same
+        time.
 
         Args:
             ingredients: JSON-serialisable; see cache_key.key_ingredients.
-            build: called at most once. Its exceptions pass through, and nothing is written.
+            build: called at most once. Its exceptions pass through, and no engine is written.
+            terms: what decides beside the ingredients whether the build succeeds.
 
         Raises:
             CacheError: mode is "require" and there is no such engine; or ingredients that are not JSON's.
+            BuildError, ConversionError, ParityError: the build that this one waited for failed so.
         """
         ingredients = json.loads(canonical(ingredients))
         key = digest(ingredients)
@@ -96,10 +106,18 @@ class EngineCache:
                 raise CacheError(self._missing(key, ingredients))
             return self._build(key, ingredients, build)
 
+        terms = terms or {}
+        waited_for: list[str] = []
+
+        def on_wait(holder: str) -> None:
+            waited_for.append(holder)
+            logger.info("Waiting for %s, which builds this engine", holder)
+
+        earlier = self._store.failure(key)  # before asking for the lock: nobody can fail unseen in between
         with contextlib.ExitStack() as stack:
             stack.enter_context(shown_on_stderr())
             try:
-                held = stack.enter_context(self._store.key_lock(key, on_wait=self._say_waiting))
+                held = stack.enter_context(self._store.key_lock(key, on_wait=on_wait))
             except OSError as error:
                 self._warn_uncached(error)
                 return self._build(key, ingredients, build)
@@ -111,8 +129,18 @@ class EngineCache:
             if now is not None and not (anew and found is not None and now.sidecar == found.sidecar):
                 self._rebuilt.add(key)
                 return self._used(now)
+            failure = self._store.failure(key) if waited_for else None
+            if failure is not None and failure != earlier and failure.is_for(terms):
+                raise failure.error()
             self._clear(key, problem, held)
-            entry = self._build(key, ingredients, build)
+            try:
+                entry = self._build(key, ingredients, build)
+            except Exception as error:
+                failure = BuildFailure.of(error, terms)
+                if held and failure is not None:
+                    self._store.leave_failure(key, failure)
+                raise
+            self._store.forget_failure(key)
             self._rebuilt.add(key)
             return self._keep(entry)
 
@@ -257,9 +285,6 @@ class EngineCache:
             self.directory,
             error,
         )
-
-    def _say_waiting(self, holder: str) -> None:
-        logger.info("Waiting for %s, which builds this engine", holder)
 
     def _missing(self, key: str, ingredients: Mapping[str, Any]) -> str:
         nearest = self._nearest(ingredients)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .cache_entry import CacheEntry, Damaged, EntryInfo, parse_sidecar
+from .cache_failure import BuildFailure, read_failure, write_failure
 from .cache_files import (
     NO_LOCKS,
     TEMPORARY,
@@ -32,7 +33,7 @@ logger = get_logger("d2_trt.cache")
 
 _FILE = re.compile(r"([0-9a-f]{64})\.(?:engine|json)")
 _TEMPORARY_FILE = re.compile(r"\.(?:([0-9a-f]{64})\.(?:engine|json)|timing-.+)\.[^.]+" + re.escape(TEMPORARY))
-_LOCK_FILE = re.compile(r"([0-9a-f]{64})\.lock")
+_LOCK_FILE = re.compile(r"([0-9a-f]{64})\.(?:lock|failed)")
 
 
 class EngineStore:
@@ -89,6 +90,27 @@ class EngineStore:
             yield held
         finally:
             lock.release(remove=remove)
+
+    # What waiting processes are told.
+
+    def _failure_path(self, key: str) -> Path:
+        return self.directory / "locks" / f"{key}.failed"
+
+    def failure(self, key: str) -> BuildFailure | None:
+        """The last build's failure, whenever that was; None where it did not fail."""
+        return read_failure(self._failure_path(key))
+
+    def leave_failure(self, key: str, failure: BuildFailure) -> None:
+        """Tell those that wait for an entry's lock, which the caller holds."""
+        try:
+            write_failure(self._failure_path(key), failure)
+        except OSError as error:  # they build
+            logger.debug("The failure of %s was not left for others: %s", key, error)
+
+    def forget_failure(self, key: str) -> None:
+        """The caller holds the entry's lock."""
+        with contextlib.suppress(OSError):
+            self._failure_path(key).unlink(missing_ok=True)
 
     # Reading.
 
@@ -294,6 +316,7 @@ class EngineStore:
                     return False
                 self.unlink(key)
                 self.remove_temporary(key)
+                self.forget_failure(key)
         except OSError as error:
             logger.warning("The cached engine %s cannot be removed (%s)", self.engine_path(key), error)
             return False
@@ -343,6 +366,7 @@ class EngineStore:
             with self.key_lock(key, remove=key not in there) as held:
                 if held:
                     self.remove_temporary(key)
+                    self.forget_failure(key)
         if None in unfinished:
             lock = FileLock(locks / TIMING_LOCK)
             if lock.acquire(blocking=False):

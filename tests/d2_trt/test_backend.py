@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from d2_trt import backend as backend_module
-from d2_trt import compat
+from d2_trt import builder, compat
 from d2_trt.backend import TensorRTBackend
 from d2_trt.errors import BuildError, EngineShapeError
 from d2_trt.options import TensorRTOptions
@@ -119,6 +119,33 @@ def test_timings_go_from_build_to_build(workshop):
     make_backend(TinyModel(1)).prepare()
     make_backend(TinyModel(2), TIMING_CACHE=False).prepare()
     assert workshop.timings == [b"", b"timings", b""]
+
+
+def test_builds_that_overlap_lose_no_timings_where_those_do_not_combine(workshop, monkeypatch):
+    monkeypatch.setattr(compat, "version", lambda: (8, 6))
+    build, names = builder.build_engine, []
+
+    def build_engine(model, spec, images, timing_cache=None):
+        """As TensorRT: adds to what it is given."""
+        names.append(name := model.name)
+        if len(names) == 1:
+            start(2048)  # begins later, and ends earlier
+        plan, report, _ = build(model, spec, images, timing_cache)
+        return plan, report, b" ".join([*timing_cache.split(), name.encode()])
+
+    def start(width: int, batch: int = 1, seed: int = 0) -> None:
+        model = TinyModel(seed)
+        model.name = f"{width}x{batch}"
+        cfg = make_cfg(MAX_BATCH_SIZE=batch)
+        cfg.MODEL.MASK_FORMER.DIM_FEEDFORWARD = width
+        TensorRTBackend(model, cfg).prepare()
+
+    monkeypatch.setattr(builder, "build_engine", build_engine)
+    start(1024)
+    start(2048, seed=1)
+    start(1024, seed=1)
+    start(2048, batch=2)
+    assert workshop.timings == [b"", b"", b"2048x1", b"1024x1", b"2048x1 2048x1"]
 
 
 def test_sidecar_holds_report_and_parity(workshop, tmp_path):

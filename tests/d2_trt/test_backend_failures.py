@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import threading
+import time
 
 import pytest
 import torch
@@ -301,6 +304,29 @@ def test_tensorrt_that_does_not_start_says_why(trt, monkeypatch):  # noqa: F811
     log = builder.trt_logger()
     with pytest.raises(GPUMemoryError, match="no memory left"), builder.starting(log):
         Builder(log)
+
+
+@pytest.mark.parametrize("alike", [True, False], ids=["same thresholds", "other thresholds"])
+def test_refused_engine_is_built_once_for_ranks_that_wait_for_it(workshop, monkeypatch, caplog, alike):
+    caplog.set_level(logging.INFO, logger="d2_trt")
+    workshop.disturb = lambda logits, masks: (logits, -masks)
+    workshop.gate = threading.Event()
+    options = [{} if alike else {"VERIFY__MIN_SIGN_AGREEMENT": 0.99 - rank / 100} for rank in range(3)]
+    ranks = [make_backend(ON_ERROR="torch", **more) for more in options]
+    threads = [threading.Thread(target=rank.prepare) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 20
+    while caplog.text.count("Waiting for process") < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    workshop.gate.set()
+    for thread in threads:
+        thread.join(30)
+    assert len(workshop.built) == (1 if alike else 3)
+    assert all(rank.describe()["backend"].startswith("torch (fallback: ") for rank in ranks)
+    later = make_backend(ON_ERROR="torch", **options[0])
+    later.prepare()
+    assert len(workshop.built) == (2 if alike else 4)
 
 
 @pytest.mark.parametrize("fail", [RuntimeError("CUDA error"), TypeError(), OSError("full")])

@@ -11,7 +11,9 @@ import pytest
 
 from d2_trt import cache_entry, cache_files
 from d2_trt.cache import BuiltEngine, EngineCache
+from d2_trt.cache_failure import BuildFailure, read_failure, write_failure
 from d2_trt.cache_key import digest
+from d2_trt.errors import BuildError
 from tests.d2_trt.cache_helpers import (
     SIZE,
     Builder,
@@ -270,3 +272,24 @@ def test_file_system_without_locks_still_caches(folder, monkeypatch, caplog):
     assert EngineCache(folder).get_or_build(ingredients(), build).data == engine()
     assert build.calls == 1
     assert any("has no file locks" in w for w in warnings(caplog))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"kind": "BuildError"}',
+        b'{"kind": "SystemExit", "message": "", "terms": {}, "by": "", "id": ""}',
+        b'{"kind": [], "message": "", "terms": {}, "by": "", "id": ""}',
+    ],
+)
+def test_damaged_failure_is_none(tmp_path, content):
+    path = tmp_path / "key.failed"
+    failure = BuildFailure.of(BuildError("no"), {"verify": (1, None)})
+    write_failure(path, failure)
+    assert read_failure(path) == failure and failure.is_for({"verify": (1, None)})
+    path.write_bytes(content)
+    assert read_failure(path) is None

@@ -191,6 +191,74 @@ say(f"built {entry.built}")
     assert files(EngineCache(folder)) == files_of(KEY)
 
 
+FAILING = """
+from d2_trt import errors
+def build():
+    note(f"built-by-{os.getpid()}")
+    say("building")
+    sys.stdin.readline()
+    raise getattr(errors, sys.argv[3])("the masks differ in\\n  backbone.res2")
+try:
+    entry = EngineCache(folder).get_or_build(ingredients(), build, {"max_error": float(sys.argv[4])})
+except errors.D2TRTError as error:
+    say(f"{type(error).__name__}: {' '.join(str(error).split())}")
+"""
+
+
+@pytest.mark.parametrize("kind", ["ParityError", "BuildError", "ConversionError"])
+def test_refused_engine_is_not_built_again_by_those_that_waited(folder, start, kind):
+    builder = start(FAILING, kind, "1e-3")
+    expect(builder, "building")
+    waiting = [start(FAILING, kind, "1e-3") for _ in range(3)]
+    for process in waiting:
+        read_until(process.stderr, f"Waiting for process {builder.pid} on ")
+    builder.stdin.write("\n")
+    assert finish(builder)[0] == f"{kind}: the masks differ in backbone.res2\n"
+    for process in waiting:
+        out, _ = finish(process)
+        assert out.startswith(
+            f"{kind}: the masks differ in backbone.res2 So it went for process {builder.pid} on "
+        )
+    assert notes(folder) == [f"built-by-{builder.pid}"]
+    # A later start tries again.
+    assert put(EngineCache(folder)).built
+    assert not list((folder / "locks").glob("*.failed"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "terms"),
+    [("GPUMemoryError", "1e-3"), ("MissingDependencyError", "1e-3"), ("ParityError", "0.1")],
+)
+def test_next_in_line_builds_where_it_may_fare_better(folder, start, kind, terms):
+    """Memory that another GPU may have, what another machine may have, other thresholds of the comparison."""
+    builder = start(FAILING, kind, "1e-3")
+    expect(builder, "building")
+    waiting = start(FAILING, kind, terms)
+    read_until(waiting.stderr, f"Waiting for process {builder.pid} on ")
+    builder.stdin.write("\n")
+    finish(builder)
+    expect(waiting, "building")
+    waiting.stdin.write("\n")
+    assert finish(waiting)[0].startswith(f"{kind}: ")
+
+
+def test_failure_of_before_is_nothing_to_those_that_wait_now(folder, start):
+    first = start(FAILING, "BuildError", "1e-3")
+    expect(first, "building")
+    first.stdin.write("\n")
+    finish(first)
+    second = start(FAILING, "GPUMemoryError", "1e-3")  # leaves nothing
+    expect(second, "building")
+    waiting = start(FAILING, "BuildError", "1e-3")
+    read_until(waiting.stderr, f"Waiting for process {second.pid} on ")
+    second.kill()
+    expect(waiting, "building")
+    waiting.kill()
+    waiting.wait(20)
+    EngineCache(folder).prune(everything=True)
+    assert sorted(os.listdir(folder / "locks")) == ["folder.lock"]
+
+
 def test_waiting_can_be_interrupted(folder, start):
     lock = FileLock(folder / "locks" / f"{KEY}.lock")
     lock.path.parent.mkdir(parents=True)
