@@ -153,5 +153,12 @@ def softmax(g, result, input, dim=None, *unused, **also_unused):
 
 @converts("torch.Tensor.masked_fill")
 def masked_fill(g, result, input, mask, value):
-    value = max(float(value), MASKED_LOGIT)
+    value, compute = float(value), g.compute_dtype(g.current_module())
+    if value == -math.inf:
+        value = MASKED_LOGIT
+    elif math.isfinite(value) and torch.tensor(value).to(compute).isinf():
+        raise ConversionError(
+            f"masked_fill with {value:g} has no converter in {compute}, which holds at most {torch.finfo(compute).max:g}: "
+            "fill with a smaller value or -inf, or add the module to MODEL.TENSORRT.FP32_MODULES"
+        )
     return g.select(g.tensor(mask), g.tensor(value), g.tensor(input))
