@@ -233,7 +233,10 @@ def converting(conversion, table: Mapping[str, Mapping]):
 
 
 def _in_this_thread(hooked: Callable, original: Callable) -> Callable:
-    """What calls `hooked` in the thread that asks for it, and `original` in all others, whose work is not the model's."""
+    """What calls `hooked` in the thread that asks for it, and `original` in all others, whose work is not the model's.
+
+    Traced tensors refuse to be given to those.
+    """
     tracing = threading.get_ident()
 
     @functools.wraps(original)

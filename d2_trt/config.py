@@ -12,14 +12,17 @@ _DEFAULTS = {
         # What runs the network: "torch", or "tensorrt" for this plugin.
         "BACKEND": "torch",
         "TENSORRT": {
-            # Arithmetic of the engine: "fp32", "tf32" (fp32 with TF32 matrix products), "fp16", or "bf16"
+            # Arithmetic of the engine: "fp32", "tf32" (fp32 with TF32 matrix products and convolutions), "fp16", or "bf16"
             # (TensorRT 10 and later).
             "PRECISION": "fp16",
             # Modules that compute in float32 in an fp16 or bf16 engine, with all that is below them: names as in
             # model.named_modules(), with the wildcards * ? [] of fnmatch; "=name" is a module's own operations without
             # those of the modules below it. "default" stands for the built-in list, which protects accuracy: add to
             # it, ["default", "backbone.res5"], rather than replace it. What covers no module of the model is an error.
-            # tools/precision_search.py finds what a model needs.
+            # tools/precision_search.py finds what a model needs. Float32 here is that of "tf32": matrix products and
+            # convolutions of these modules may use TF32, whose factors have fp16's precision and float32's range; only
+            # PRECISION "fp32" does without. In fp32 and tf32 engines this key changes nothing; in tf32 another value is
+            # another engine in the cache all the same.
             "FP32_MODULES": ["default"],
             # Padded image sizes that one engine serves, as three strings "HxW": smallest, the one to be fastest
             # at, largest. One string: that size alone. []: derived from INPUT.MIN_SIZE_TEST, INPUT.MAX_SIZE_TEST

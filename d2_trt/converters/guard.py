@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -44,6 +45,9 @@ class Guard(TorchFunctionMode):
     was traced. Functions of PyTorch's Python interface come here by themselves. TorchScript's do not, and are refused where
     they are called; what compiled code and extensions call is seen as operators, by _Operators. An extension that reads a
     tensor's memory and hands the tensor to no operator is seen by nothing.
+
+    Modes are of one thread. In others, traced tensors themselves refuse to be used, as TracedTensor; what these compute of
+    anything else is their own business. The build fails also where nobody looks at the other thread's error.
     """
 
     def __init__(self, context, graph, table: Mapping[str, Mapping], dynamic: bool):
@@ -56,7 +60,10 @@ class Guard(TorchFunctionMode):
         self.context = context
         self.graph = graph
         self.dynamic = dynamic
+        self.thread: int | None = None  # that of the model
+        self._elsewhere: LocatedError | None = None  # what another thread was told
         graph.memory.outside = lambda: not context.lock
+        graph.memory.guarded_by(self)
         self._around = contextlib.ExitStack()
         self._wrappers = {id(resolve(name)[2]) for name in table}
         # Called as they were where a module took one when it was made (self.activation = torch.relu).
@@ -67,16 +74,44 @@ class Guard(TorchFunctionMode):
     def __enter__(self):
         self._around.enter_context(_scripts_refused(self))
         self._around.enter_context(_Operators(self.graph))
+        self.thread = threading.get_ident()
         return super().__enter__()
 
-    def __exit__(self, *error):
-        super().__exit__(*error)
+    def __exit__(self, kind, error, trace):
+        self.thread = None
+        super().__exit__(kind, error, trace)
         self._around.close()
+        self.graph.memory.guarded_by(None)
+        told, self._elsewhere = self._elsewhere, None
+        if told not in (None, error) and (error is None or isinstance(error, Exception)):
+            raise told from None  # what else failed, failed for want of it
+
+    def check_thread(self, func) -> None:
+        """Refuse a function of a traced tensor that another thread than the model's calls.
+
+        Raises:
+            LocatedError: it does, and the function reads more than a tensor's type.
+        """
+        if self._in_own_thread():
+            return
+        name = _name(func)
+        if self._is_harmless(name):
+            return
+        place = where(self.graph, self.thread)
+        self._elsewhere = LocatedError(
+            f"{resolve_name(func) or name} takes a traced tensor {place}, in another thread than that of the model: an "
+            "engine would keep what it gives for the image that was traced. Call it in the thread that calls the model"
+        )
+        raise self._elsewhere
 
     def takes_traced(self, *values) -> bool:
         """Whether what the model's own code calls now takes a tensor that was computed of the images."""
         memory = self.graph.memory
-        return memory.outside() and any(map(memory.is_traced, tensors_of(*values)))
+        own_work = memory.outside() or not self._in_own_thread()
+        return own_work and any(map(memory.is_traced, tensors_of(*values)))
+
+    def _in_own_thread(self) -> bool:
+        return self.thread in (None, threading.get_ident())
 
     def __torch_function__(self, func, _, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -109,7 +144,7 @@ class Guard(TorchFunctionMode):
         return result
 
     def _check(self, func, name: str) -> None:
-        if name in _HARMLESS or (name in _SIZES | _COUNTS and not self.dynamic):
+        if self._is_harmless(name):
             return
         if name in _SIZES:
             raise size_error(self.graph, name)
@@ -117,6 +152,9 @@ class Guard(TorchFunctionMode):
             f"no converter for {resolve_name(func) or name} {where(self.graph)}. Add one under d2_trt/converters with "
             "@converts, or express the module with functions that have one"
         )
+
+    def _is_harmless(self, name: str) -> bool:
+        return name in _HARMLESS or (name in _SIZES | _COUNTS and not self.dynamic)
 
 
 def _name(func) -> str:
@@ -184,9 +222,10 @@ def _scripts_refused(guard: Guard) -> Iterator[None]:
         def call(script, *args, **kwargs):
             if guard.takes_traced(args, kwargs):
                 name = getattr(script, "qualified_name", script.name).removeprefix("__torch__.")
+                place = where(guard.graph, guard.thread)
                 raise LocatedError(
-                    f"no converter for TorchScript's {name} {where(guard.graph)}. Call the Python function that it was made "
-                    "of, or add a converter of the function that calls it under d2_trt/converters with @converts"
+                    f"no converter for TorchScript's {name} {place}. Call the Python function that it was made of, or add a "
+                    "converter of the function that calls it under d2_trt/converters with @converts"
                 )
             return original(script, *args, **kwargs)
 

@@ -60,7 +60,7 @@ def max_pool2d(
     return g.emit(add, g.tensor(input))
 
 
-@converts("torch.nn.functional.batch_norm", "torch.batch_norm")
+@converts("torch.nn.functional.batch_norm")
 def batch_norm(
     g,
     result,
@@ -88,6 +88,14 @@ def batch_norm(
     powers = g.weights(torch.ones_like(scale, dtype=torch.float32), compute)
     mode = g.trt.ScaleMode.CHANNEL
     return g.emit(lambda x: g.network.add_scale_nd(x, mode, offsets, factors, powers, 1), g.tensor(input))
+
+
+@converts("torch.batch_norm")
+def torch_batch_norm(
+    g, result, input, weight, bias, running_mean, running_var, training, momentum, eps, *unused, **also_unused
+):
+    """The same with its arguments in another order."""
+    return batch_norm(g, result, input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def affine(g, x, weight, bias, dim: int):
@@ -139,7 +147,7 @@ def gelu(g, result, input, approximate="none"):
     return g.elementwise("PROD", g.elementwise("PROD", x, 0.5), g.elementwise("SUM", erf, 1.0))
 
 
-@converts("torch.nn.functional.dropout", "torch.nn.functional.dropout_")
+@converts("torch.nn.functional.dropout")
 def dropout(g, result, input, p=0.5, training=True, inplace=False):
     if training and p > 0:
         raise ConversionError("dropout in training mode has no converter: call model.eval()")
@@ -153,5 +161,12 @@ def softmax(g, result, input, dim=None, *unused, **also_unused):
 
 @converts("torch.Tensor.masked_fill")
 def masked_fill(g, result, input, mask, value):
-    value = max(float(value), MASKED_LOGIT)
+    value, compute = float(value), g.compute_dtype(g.current_module())
+    if value == -math.inf:
+        value = MASKED_LOGIT
+    elif math.isfinite(value) and torch.tensor(value).to(compute).isinf():
+        raise ConversionError(
+            f"masked_fill with {value:g} has no converter in {compute}, which holds at most {torch.finfo(compute).max:g}: "
+            "fill with a smaller value or -inf, or add the module to MODEL.TENSORRT.FP32_MODULES"
+        )
     return g.select(g.tensor(mask), g.tensor(value), g.tensor(input))

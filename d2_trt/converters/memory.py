@@ -15,6 +15,24 @@ def tensors_of(*values) -> list[torch.Tensor]:
     return [x for x in _pytree.tree_leaves(values) if isinstance(x, torch.Tensor)]
 
 
+class TracedTensor(torch.Tensor):
+    """What traced tensors become. It carries the guard of its build to threads where no mode of PyTorch's is at work."""
+
+    _guard: Callable[[], object] = staticmethod(lambda: None)  # a weak reference
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not all(issubclass(kind, torch.Tensor) for kind in types):
+            return NotImplemented  # others decide
+        with torch._C.DisableTorchFunctionSubclass():
+            for tensor in tensors_of(args, kwargs):
+                guard = tensor._guard() if isinstance(tensor, TracedTensor) else None
+                if guard is not None:
+                    guard.check_thread(func)
+            return func(*args, **kwargs)
+
+
 class TracedMemory:
     """Storages of traced tensors, those that have a counterpart in the network.
 
@@ -30,6 +48,7 @@ class TracedMemory:
         # Whether the model's own code runs, and no function that is converted as a whole.
         self.outside: Callable[[], bool] = lambda: True
         self.converting = False  # a converter is at work, not the function that it converts
+        self._guard: Callable[[], object] | None = None
         self._holders: dict[int, list[weakref.ref]] = {}  # traced tensors, by storage
         self._held: list[StorageWeakRef] = []  # so that no other storage gets the same key
         self._addresses: dict[int, StorageWeakRef] = {}
@@ -55,6 +74,7 @@ class TracedMemory:
             inputs: of the function that made it. Where it shows an untraced one, which was repeated for each image, the
                 memory stays that of a constant.
         """
+        self._put_under_guard(tensor)
         key = self._key(tensor)
         if key is None:
             return
@@ -67,6 +87,21 @@ class TracedMemory:
         if any(not hasattr(x, "_trt") and self._key(x) == key for x in inputs):
             self._constants.add(key)
         self._holders.setdefault(key, []).append(weakref.ref(tensor))
+
+    def guarded_by(self, guard) -> None:
+        """Have traced tensors ask a guard for what may be called in other threads (check_thread). None: no longer."""
+        self._guard = None if guard is None else weakref.ref(guard)
+        for key in self._holders:
+            for tensor in self._others(key, None):
+                self._put_under_guard(tensor)
+
+    def _put_under_guard(self, tensor: torch.Tensor) -> None:
+        if self._guard is not None and type(tensor) is torch.Tensor:
+            tensor.__class__ = TracedTensor
+            tensor._guard = self._guard
+        elif self._guard is None and type(tensor) is TracedTensor:
+            tensor.__class__ = torch.Tensor
+            del tensor._guard
 
     def is_traced(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor was computed of the images."""

@@ -109,12 +109,22 @@ def _layer_norm(g, x, normalized_shape, weight, bias, eps: float, residual=None,
 def _group_norm(g, x, groups: int, weight, bias, eps: float, relu: bool = False):
     if g.normalization == "plugin":
         return _group_norm_plugin(g, x, groups, weight, bias, eps, relu)
+    if groups == 1:
+        # TensorRT takes one group for none, and would normalise every channel by itself: all become one channel.
+        sizes = g.sizes(x)
+        merged = g.reshape(x, [sizes[0], 1, sizes[1], functools.reduce(g.mul, sizes[2:], 1)])
+        out = g.reshape(_grouped(g, merged, 1, eps), sizes)
+    else:
+        out = _grouped(g, x, groups, eps)
+    return affine(g, out, weight, bias, 1)
+
+
+def _grouped(g, x, groups: int, eps: float):
     rank = len(x.shape)
     axes = sum(1 << i for i in range(2, rank))
     shape = (1, groups) + (1,) * (rank - 2)
     scale, shift = g.constant(torch.ones(shape)), g.constant(torch.zeros(shape))
-    out = _normalization(g, x, scale, shift, axes, eps, groups=groups)
-    return affine(g, out, weight, bias, 1)
+    return _normalization(g, x, scale, shift, axes, eps, groups=groups)
 
 
 def _group_norm_plugin(g, x, groups: int, weight, bias, eps: float, relu: bool):

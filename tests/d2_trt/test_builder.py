@@ -116,6 +116,68 @@ def test_constants_are_computed_without_tf32_whatever_the_caller_uses():
     assert seen and not any(seen)
 
 
+# Settings
+
+
+@pytest.fixture
+def configs(trt, monkeypatch):  # noqa: F811
+    """The builder's configurations, as TensorRT is given them."""
+    given = []
+    build_network = trt.Builder.build_serialized_network
+
+    def build_serialized_network(self, network, config):
+        given.append(config)
+        return build_network(self, network, config)
+
+    monkeypatch.setattr(trt.Builder, "build_serialized_network", build_serialized_network, raising=False)
+    return given
+
+
+def test_workspace_is_limited_where_it_is_asked_for(trt, configs):  # noqa: F811
+    for size in (3 << 28, 0):
+        build(spec=dataclasses.replace(SPEC, workspace_bytes=size))
+    pool = trt.MemoryPoolType.WORKSPACE
+    untouched = trt.Builder(trt.Logger()).create_builder_config().get_memory_pool_limit(pool)
+    assert [config.get_memory_pool_limit(pool) for config in configs] == [3 << 28, untouched]
+
+
+@pytest.mark.parametrize("level", [0, 3, 5])
+def test_effort_is_what_is_asked_for(configs, level):
+    build(spec=dataclasses.replace(SPEC, opt_level=level))
+    assert [config.builder_optimization_level for config in configs] == [level]
+
+
+def test_layers_can_be_inspected_in_the_engine(trt, configs):  # noqa: F811
+    build()
+    assert configs[0].profiling_verbosity == trt.ProfilingVerbosity.DETAILED
+
+
+def test_no_kernels_of_other_libraries_are_tried(configs):
+    """cuBLAS and cuDNN would have to be of TensorRT's versions."""
+    build()
+    assert configs[0].get_tactic_sources() == 0
+
+
+def test_contexts_share_the_profile(trt, configs):  # noqa: F811
+    """From TensorRT 10 on they do by themselves."""
+    build()
+    if compat.version() < (10, 0):
+        assert configs[0].get_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
+def test_arithmetic_is_what_is_asked_for(trt, configs, precision):  # noqa: F811
+    """TF32 in all but fp32, where TensorRT has it on by itself. Networks without types obey their layers' precisions."""
+    if precision == "bf16" and not compat.strongly_typed():
+        pytest.skip("bfloat16 needs TensorRT 10")
+    build(spec=dataclasses.replace(SPEC, precision=precision))
+    (config,), flags = configs, trt.BuilderFlag
+    assert config.get_flag(flags.TF32) == (precision != "fp32")
+    told = not compat.strongly_typed() and precision == "fp16"
+    for name in ("FP16", "OBEY_PRECISION_CONSTRAINTS"):
+        assert (hasattr(flags, name) and config.get_flag(getattr(flags, name))) == told
+
+
 # The timing cache
 
 

@@ -160,6 +160,7 @@ FUNCTIONS = {
     "unbind": lambda x: torch.cat([t[:, None] for t in x.unbind(1)][::-1], 1),
     "arithmetic with numbers on either side": lambda x: 2 - (1 + x * 3) / 255,
     "masked fill": lambda x: x.masked_fill(x < 100, -5.0),
+    "masked fill with a large value": lambda x: x.masked_fill(x < 100, -1e5),
     "activation taken before the trace": lambda x, relu=F.relu: relu(x - 100),
     "padding to a multiple": lambda x: shape_ops.pad_to_multiple(x.permute(0, 2, 3, 1), 7),
     "windows and back": lambda x: shape_ops.window_reverse(
@@ -181,6 +182,37 @@ def test_function_equals_pytorch(trt, name, shapes, monkeypatch):  # noqa: F811
         actual = network.evaluate({"images": images})["pred_masks"]
         assert actual.shape == expected.shape
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [-1e5, 1e5, -1e9])
+def test_value_that_half_precision_does_not_hold_is_told(trt, value, monkeypatch):  # noqa: F811
+    """As it is in float32, so that a row that is masked everywhere stays one of equal logits."""
+
+    def function(x):
+        return x.masked_fill(x < 100, value)
+
+    half = BuildSpec(**STATIC, precision="fp16", fp32_modules=())
+    told = rf"masked_fill with {value:g} has no.*float16.*65504.*FP32_MODULES".replace("+", r"\+")
+    with pytest.raises(ConversionError, match=told):
+        trace(trt, Wrapped(function), half, monkeypatch)
+    pinned = BuildSpec(**STATIC, precision="fp16", fp32_modules=("*",))
+    images = random_images(TRACED)
+    for spec in (pinned, BuildSpec(**STATIC)):
+        network = trace(trt, Wrapped(function), spec, monkeypatch)
+        assert torch.equal(network.evaluate({"images": images})["pred_masks"], function(images))
+
+
+@pytest.mark.parametrize("value", [float("-inf"), -6e4])
+def test_value_that_half_precision_holds_masks_there(trt, value, monkeypatch):  # noqa: F811
+    def function(x):
+        return (x / 50).masked_fill(torch.arange(128) % 3 == 0, value).softmax(-1)
+
+    network = trace(
+        trt, Wrapped(function), BuildSpec(**STATIC, precision="fp16", fp32_modules=()), monkeypatch
+    )
+    images = random_images(TRACED)
+    actual = network.evaluate({"images": images})["pred_masks"]
+    assert relative_error(actual, function(images)) < 1e-2 and not actual[..., 0::3].any()
 
 
 def test_tensors_are_no_sequences_after_a_trace(trt, monkeypatch):  # noqa: F811

@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -379,6 +380,43 @@ def test_end_of_a_recording_starts_no_collections_in_another_threads():
         one.result(10)
         over.set()
     assert collects == [False] and gc.isenabled()
+
+
+@pytest.mark.parametrize("max_graphs", [0, 2])
+def test_calls_of_several_threads_take_turns(trt, cuda, max_graphs, monkeypatch):  # noqa: F811
+    """A context has one shape and one set of addresses, from when they are set until its work is enqueued."""
+    engine = Engine(make_plan(trt), CPU, max_graphs=max_graphs)
+    owner, disturbed = [], []
+    set_shape, execute = FakeContext.set_input_shape, FakeContext.execute_async_v3
+
+    def mine():
+        disturbed.extend(other for other in owner if other != threading.get_ident())
+
+    def set_and_linger(context, name, shape):
+        mine()
+        owner[:] = [threading.get_ident()]
+        time.sleep(0.005)  # for others to come between
+        return set_shape(context, name, shape)
+
+    def execute_after(context, stream_handle):
+        mine()
+        done = execute(context, stream_handle)
+        owner.clear()
+        return done
+
+    monkeypatch.setattr(FakeContext, "set_input_shape", set_and_linger)
+    monkeypatch.setattr(FakeContext, "execute_async_v3", execute_after)
+    start = threading.Barrier(4)
+
+    def call_often(number):
+        start.wait(10)
+        for i in range(4):
+            run(engine, SHAPES[(number + i) % len(SHAPES)], seed=number)
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(call_often, number) for number in range(4)]:
+            future.result(60)
+    assert not disturbed
 
 
 def test_modes_of_the_first_caller_do_not_bind_later_ones(trt, cuda):  # noqa: F811

@@ -240,7 +240,58 @@ def test_variants_by_the_plugins(registered, name, shapes, monkeypatch):
         torch.testing.assert_close(actual, function(images), rtol=1e-4, atol=1e-4)
 
 
+def spread(x):
+    """Channels that differ from each other: their own statistics are not those of all of them."""
+    return x * torch.tensor([0.02, 0.1, 0.4]).reshape(1, 3, 1, 1)
+
+
+ONE_GROUP = {
+    "weights": lambda x: F.group_norm(spread(x), 1, torch.arange(3.0), torch.ones(3)),
+    "no weights": lambda x: torch.group_norm(spread(x), 1),
+    "three dimensions": lambda x: F.group_norm(spread(x).flatten(2), 1, torch.arange(3.0), None, 10.0),
+    "five dimensions": lambda x: F.group_norm(spread(x)[:, :, :, :, None], 1)[..., 0],
+    "two dimensions": lambda x: F.group_norm(spread(x)[:, :, 0, 0], 1),
+    "each channel": lambda x: F.group_norm(spread(x), 3),
+}
+
+
+@pytest.mark.parametrize("name", ONE_GROUP)
+@pytest.mark.parametrize("shapes", [DYNAMIC, STATIC], ids=["dynamic", "static"])
+def test_one_group_spans_all_channels_natively(trt, name, shapes, monkeypatch):  # noqa: F811
+    function = ONE_GROUP[name]
+    network = trace(trt, Wrapped(function), BuildSpec(**shapes), monkeypatch)
+    for shape in (TRACED, *OTHERS) if shapes is DYNAMIC else (TRACED,):
+        images = random_images(shape)
+        actual = network.evaluate({"images": images})["pred_masks"]
+        torch.testing.assert_close(actual, function(images), rtol=1e-4, atol=1e-4)
+
+
 # Real engines
+
+
+@pytest.mark.tensorrt
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("shapes", [DYNAMIC, STATIC], ids=["dynamic", "static"])
+def test_real_engine_of_one_native_group_equals_pytorch(precision, shapes):
+    """Pinned to float32 in fp16: 8.6 may not build native norms in half precision (MODEL.TENSORRT.NORMALIZATION)."""
+    from d2_trt.engine import Engine
+
+    class OneGroup(nn.Module):
+        def core(self, images):
+            scale = torch.tensor([0.02, 0.1, 0.4], device=images.device).reshape(1, 3, 1, 1)
+            weight = torch.tensor([1.0, 2.0, 3.0], device=images.device)
+            out = F.group_norm(images * scale, 1, weight, weight)
+            return out.flatten(2), out
+
+    model = OneGroup().cuda().eval()
+    spec = BuildSpec(**shapes, precision=precision, fp32_modules=("*",), opt_level=0)
+    plan, _, _ = builder.build_engine(model, spec, random_images(TRACED).cuda())
+    engine = Engine(plan, torch.device("cuda"))
+    for shape in (TRACED, *OTHERS) if shapes is DYNAMIC else (TRACED,):
+        images = random_images(shape).cuda()
+        for actual, wanted in zip(engine(images), model.core(images)):
+            assert actual.shape == wanted.shape and relative_error(actual, wanted) < 2e-3, shape
 
 
 @real

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 
 import pytest
 import torch
@@ -187,6 +189,99 @@ def test_function_of_c_that_a_module_took_before_the_trace_is_converted(trt, sha
 def test_output_that_is_no_function_of_the_images_is_named(trt, monkeypatch):  # noqa: F811
     with pytest.raises(ConversionError, match=r"output pred_logits of module 'model'.*same for every image"):
         trace(trt, Wrapped(lambda x: torch.ones(1, 3)), BuildSpec(**STATIC), monkeypatch)
+
+
+# In another thread
+
+
+def in_a_thread(function, *args):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result()
+
+
+def unseen(x):
+    """In a thread whose error nobody looks at, and which leaves a number for what it could not compute."""
+    found = [torch.zeros(1)]
+    thread = Thread(target=lambda: found.append(torch.celu(x)))
+    thread.start()
+    thread.join()
+    return x + found[-1]
+
+
+def caught(x):
+    try:
+        return x + in_a_thread(lambda: x * 2)
+    except ConversionError:
+        return x + 1
+
+
+POOL = ThreadPoolExecutor(1)
+IN_A_THREAD = {
+    "function that has a converter": (lambda x: x + in_a_thread(lambda: x * 2), "mul"),
+    "function that has none": (lambda x: x + in_a_thread(lambda: torch.celu(x)), "celu"),
+    "function of a module": (lambda x: x + in_a_thread(F.relu, x), "relu"),
+    "in a list": (lambda x: x + in_a_thread(torch.cat, [x, x])[: len(TRACED)][:1], "cat"),
+    "index": (lambda x: x + in_a_thread(lambda: x[:, 0:1]), "__getitem__"),
+    "value": (lambda x: x + in_a_thread(lambda: x[0, 0, 0, 0].item()), "__getitem__"),
+    "number": (lambda x: x + in_a_thread(lambda: (x * 2).item() if x.dim() == 0 else x.max().item()), "max"),
+    "memory": (lambda x: x + in_a_thread(lambda: x.numpy()[0, 0, 0, 0]), "numpy"),
+    "computed": (lambda x: x + in_a_thread(torch.celu, F.relu(x - 100) * 2), "celu"),
+    "computed as a whole": (lambda x: x + in_a_thread(torch.celu, shape_ops.resize_like(x, x)), "celu"),
+    "argument by name": (lambda x: x + in_a_thread(lambda: torch.mul(torch.ones(1), other=x)), "mul"),
+    "in place": (lambda x: (lambda y: (in_a_thread(y.add_, 1), y)[1])(x * 2), "add_"),
+    "copied to": (lambda x: x + in_a_thread(torch.zeros(TRACED).copy_, x), "copy_"),
+    "parameter": (lambda x: x + in_a_thread(lambda: nn.Parameter(x)), "detach"),
+    "operator": (lambda x: x + in_a_thread(lambda: torch.ops.aten.celu.default(x)), "celu"),
+    "autograd function": (lambda x: x + in_a_thread(lambda: Opaque.apply(x)), "celu"),
+    "TorchScript": (lambda x: x + in_a_thread(lambda: scripted(x)), "scripted"),
+    "thread from before": (lambda x: x + POOL.submit(lambda: torch.celu(x)).result(), "celu"),
+    "error that nobody sees": (unseen, "celu"),
+    "error that is caught": (caught, "mul"),
+}
+
+
+@BOTH
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("name", IN_A_THREAD)
+def test_traced_tensor_is_of_no_use_to_another_thread(trt, name, shapes, monkeypatch):  # noqa: F811
+    POOL.submit(int).result()  # the thread is there
+    function, operation = IN_A_THREAD[name]
+    message = refused(trt, function, shapes, monkeypatch)
+    assert re.search(operation, message.split(" in module ")[0]), message
+    if operation != "scripted":
+        assert "in another thread than that of the model" in message
+
+
+@BOTH
+def test_other_threads_work_for_themselves(trt, shapes, monkeypatch):  # noqa: F811
+    """On constants, their own tensors and types of traced ones."""
+    weight = nn.Parameter(torch.full((1, 3, 1, 1), 2.0))
+
+    def elsewhere(x):
+        assert x.dtype is torch.float32 and x.dim() == 4
+        own = torch.rand(3, 4)
+        own[0] = torch.from_numpy(own.numpy()[1])
+        return scripted(torch.cat([F.relu(weight) + own.sum().item() * 0, weight * 2], 1)[:, 0:3]).clamp(1, 6)
+
+    def function(x):
+        return F.relu(x) * in_a_thread(elsewhere, x)
+
+    network = trace(trt, Wrapped(function), BuildSpec(**shapes), monkeypatch)
+    for shape in (TRACED, *OTHERS) if shapes is DYNAMIC else (TRACED,):
+        images = random_images(shape)
+        assert torch.equal(network.evaluate({"images": images})["pred_masks"], images * 2)
+
+
+def test_tensors_are_for_all_threads_after_the_trace(trt, monkeypatch):  # noqa: F811
+    kept = []
+
+    def function(x):
+        kept.append(x * 2)
+        return kept[-1] + 1
+
+    trace(trt, Wrapped(function), BuildSpec(**STATIC), monkeypatch)
+    assert type(kept[0]) is torch.Tensor
+    assert torch.equal(in_a_thread(torch.celu, kept[0]), random_images(TRACED) * 2)
 
 
 # In place
