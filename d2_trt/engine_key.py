@@ -50,7 +50,7 @@ def ingredients_of(
     model: nn.Module,
     cfg,
     options: TensorRTOptions,
-    network: NetworkDigest,
+    digest: NetworkDigest,
     spec: BuildSpec,
     shapes: ShapeRange,
     identity: dict[str, Any],
@@ -58,7 +58,7 @@ def ingredients_of(
     """What the key of a model's engine is made from; see cache_key.key_ingredients.
 
     Args:
-        network: of the model.
+        digest: of the model.
         identity: of identity_of.
 
     Raises:
@@ -72,8 +72,8 @@ def ingredients_of(
     if config["META_ARCHITECTURE"] == "TensorRTMaskFormer":
         config["META_ARCHITECTURE"] = "MaskFormer"  # the same network
     return cache_key.key_ingredients(
-        weights=network.weights,
-        modules=network.modules_digest(),
+        weights=digest.weights,
+        modules=digest.modules_digest(),
         config=config,
         options=options.graph_key(default_fp32_modules(spec.attention)),
         shapes=shapes,

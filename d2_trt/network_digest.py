@@ -56,30 +56,30 @@ class NetworkWatch:
         self._moved.clear()
 
     @contextlib.contextmanager
-    def unchanged(self, network: NetworkDigest) -> Iterator[None]:
-        """Around what runs the model for an engine of `network`.
+    def unchanged(self, digest: NetworkDigest) -> Iterator[None]:
+        """Around what runs the model for an engine of `digest`.
 
         Raises:
             NetworkChanged: the model is another before, or it became another meanwhile. What failed then says nothing.
         """
-        if self.read() != network:
+        if self.read() != digest:
             raise NetworkChanged
         try:
             yield
         except Exception as error:
-            if self._became_another(network):
+            if self._became_another(digest):
                 raise NetworkChanged from error
             raise
         now = self.read()
-        if _is_another(now, network):
+        if _is_another(now, digest):
             raise NetworkChanged
-        for path in {*network.modules, *now.modules}:
-            if network.modules.get(path) != now.modules.get(path):
-                self._moved[path] = network.modules.get(path)
+        for path in {*digest.modules, *now.modules}:
+            if digest.modules.get(path) != now.modules.get(path):
+                self._moved[path] = digest.modules.get(path)
 
-    def _became_another(self, network: NetworkDigest) -> bool:
+    def _became_another(self, digest: NetworkDigest) -> bool:
         try:
-            return _is_another(self.read(), network)
+            return _is_another(self.read(), digest)
         except Exception:  # a GPU that failed gives nothing to digest
             return False
 
