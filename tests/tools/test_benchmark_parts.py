@@ -256,17 +256,23 @@ def test_calls_on_a_gpu_are_timed_by_its_own_clock(monkeypatch):
     assert gpu.clock == 16.0 + 4 * (1 + 2 * 25)
 
 
-def test_memory_that_a_configuration_keeps_and_that_a_call_takes(monkeypatch):
+def one_engine(monkeypatch):
+    """A GPU, a bench on it, and its one configuration."""
     gpu = _Gpu(monkeypatch)
     bench = LocalBench.__new__(LocalBench)
     member = _Member({"backend": "tensorrt", "precision": "fp16"}, cuda=True)
     member.stages = {"core": Stage(gpu.work, 1)}
     bench._members, bench._timer = [member], Timer("cuda")
     bench.subject = types.SimpleNamespace(release=True, model=nn.Linear(1 << 18, 1))
+    monkeypatch.setattr(benchmark_bench, "set_precision", lambda *_: contextlib.nullcontext())
+    return gpu, bench, member
+
+
+def test_memory_that_a_configuration_keeps_and_that_a_call_takes(monkeypatch):
+    gpu, bench, member = one_engine(monkeypatch)
     with member.installed:
         gpu.used += 20 << 20
     gpu.used += 40 << 20  # another configuration's
-    monkeypatch.setattr(benchmark_bench, "set_precision", lambda *_: contextlib.nullcontext())
     told = bench.measure(0, "core", samples=2, warmup=1)
     assert (told["times"], told["images"], told["call_mib"]) == ([4.0, 4.0], 1, 3.0)
     # PyTorch's weights, a MiB here, are there beside an engine too.
@@ -282,13 +288,7 @@ def test_memory_that_a_configuration_keeps_and_that_a_call_takes(monkeypatch):
 
 
 def test_memory_that_fell_is_not_told(monkeypatch):
-    gpu = _Gpu(monkeypatch)
-    bench = LocalBench.__new__(LocalBench)
-    member = _Member({"backend": "tensorrt", "precision": "fp16"}, cuda=True)
-    member.stages = {"core": Stage(gpu.work, 1)}
-    bench._members, bench._timer = [member], Timer("cuda")
-    bench.subject = types.SimpleNamespace(release=True, model=nn.Linear(1 << 18, 1))
-    monkeypatch.setattr(benchmark_bench, "set_precision", lambda *_: contextlib.nullcontext())
+    gpu, bench, member = one_engine(monkeypatch)
     with member.installed:
         gpu.used += 200 << 20
     with member.case:

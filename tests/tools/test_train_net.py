@@ -409,15 +409,10 @@ def test_fallback_is_told_in_the_results(train_net, drawn, tmp_path, no_gpu, dev
     assert "The network was run by torch (fallback" in log
 
 
-@pytest.mark.parametrize("what", ["train", "val"])
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_damaged_image_ends_in_one_message(train_net, tmp_path, monkeypatch, capsys, what, workers):
-    monkeypatch.chdir(REPO_ROOT)
-    prefix = f"damaged_{what}_{workers}"
+def one_image_each(tmp_path, prefix: str, workers: str) -> list[str]:
+    """Draws an image to train with and one to evaluate on, and gives what to add to a command for them."""
     make_shapes_dataset(tmp_path / "shapes", ShapesOptions(train=1, val=1, min_size=48, max_size=64))
     register_shapes(str(tmp_path / "shapes"), prefix)
-    (image,) = (tmp_path / "shapes" / what / "images").iterdir()
-    image.write_bytes(image.read_bytes()[:500])
     words = [*TRAIN, "OUTPUT_DIR", str(tmp_path / "out"), "DATALOADER.NUM_WORKERS", workers]
     words += [
         "DATASETS.TRAIN",
@@ -426,6 +421,17 @@ def test_damaged_image_ends_in_one_message(train_net, tmp_path, monkeypatch, cap
         f"('{prefix}_val_panoptic',)",
     ]
     words += ["SOLVER.IMS_PER_BATCH", "1", "INPUT.IMAGE_SIZE", "64", "INPUT.MIN_SIZE_TEST", "64"]
+    return words
+
+
+@pytest.mark.parametrize("what", ["train", "val"])
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_damaged_image_ends_in_one_message(train_net, tmp_path, monkeypatch, capsys, what, workers):
+    monkeypatch.chdir(REPO_ROOT)
+    prefix = f"damaged_{what}_{workers}"
+    words = one_image_each(tmp_path, prefix, workers)
+    (image,) = (tmp_path / "shapes" / what / "images").iterdir()
+    image.write_bytes(image.read_bytes()[:500])
     assert train_net.run([*words] if what == "train" else ["--eval-only", *words]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"train_net.py: {image} (image_id {int(image.stem)}) cannot be ")
@@ -437,16 +443,7 @@ def quick(train_net, tmp_path, monkeypatch):
     """A command of one drawn image each, with small sizes: runs it, and tells its status."""
     monkeypatch.chdir(REPO_ROOT)
     prefix = f"quick_{tmp_path.name}"
-    make_shapes_dataset(tmp_path / "shapes", ShapesOptions(train=1, val=1, min_size=48, max_size=64))
-    register_shapes(str(tmp_path / "shapes"), prefix)
-    words = [*TRAIN, "OUTPUT_DIR", str(tmp_path / "out"), "DATALOADER.NUM_WORKERS", "0"]
-    words += [
-        "DATASETS.TRAIN",
-        f"('{prefix}_train_panoptic',)",
-        "DATASETS.TEST",
-        f"('{prefix}_val_panoptic',)",
-    ]
-    words += ["SOLVER.IMS_PER_BATCH", "1", "INPUT.IMAGE_SIZE", "64", "INPUT.MIN_SIZE_TEST", "64"]
+    words = one_image_each(tmp_path, prefix, "0")
     words += ["SOLVER.STEPS", "()", "MODEL.MASK_FORMER.TRAIN_NUM_POINTS", "64", "TEST.EVAL_PERIOD", "0"]
 
     def quick(flags: list[str], *opts: str) -> int:
