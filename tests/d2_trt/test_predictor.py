@@ -19,20 +19,10 @@ from d2_trt import TensorRTPredictor
 from d2_trt import predictor as predictor_module
 from d2_trt.errors import OptionsError
 from mask2former import kernels
-from mask2former.data.datasets.shapes_scene import draw_scene
-from tests.golden import mini_cfg, state_dict
+from tests.d2_trt.predictor_helpers import assert_equal, make, picture
+from tests.golden import mini_cfg
 
-OPTS = ("INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 100, "MODEL.MASK_FORMER.TEST.SEMANTIC_ON", True)
-OPTS += ("MODEL.MASK_FORMER.TEST.PANOPTIC_ON", True, "MODEL.MASK_FORMER.TEST.INSTANCE_ON", True)
 SIZES = [(48, 60), (60, 48), (33, 150), (64, 64)]
-
-
-def make(kind, *more):
-    predictor = kind(mini_cfg("resnet50-mini", (*OPTS, *more)))
-    weights = state_dict("resnet50-mini")
-    weights.setdefault("criterion.empty_weight", predictor.model.criterion.empty_weight)
-    predictor.model.load_state_dict(weights)
-    return predictor
 
 
 @pytest.fixture(scope="module", params=["BGR", "RGB"])
@@ -42,22 +32,6 @@ def pair(request):
     theirs = make(DefaultPredictor, "INPUT.FORMAT", request.param)
     theirs.model = mine.model
     return mine, theirs
-
-
-def picture(size, seed=0) -> np.ndarray:
-    return np.ascontiguousarray(draw_scene(seed, *size).image[:, :, ::-1])
-
-
-def assert_equal(actual: dict, expected: dict) -> None:
-    assert set(actual) == set(expected) == {"sem_seg", "panoptic_seg", "instances"}
-    assert torch.equal(actual["sem_seg"], expected["sem_seg"])
-    assert torch.equal(actual["panoptic_seg"][0], expected["panoptic_seg"][0])
-    assert actual["panoptic_seg"][1] == expected["panoptic_seg"][1]
-    mine, theirs = actual["instances"], expected["instances"]
-    assert mine.image_size == theirs.image_size
-    for name in ("pred_masks", "scores", "pred_classes"):
-        assert torch.equal(mine.get(name), theirs.get(name)), name
-    assert torch.equal(mine.pred_boxes.tensor, theirs.pred_boxes.tensor)
 
 
 @pytest.mark.parametrize("size", SIZES)
