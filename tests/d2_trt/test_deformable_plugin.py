@@ -24,7 +24,7 @@ from tests.doubles.fake_tensorrt import build_network
 from tests.doubles.fixtures import trt_double as trt  # noqa: F401
 from tests.doubles.trt_api import Refused
 from tests.golden import MINI_MODELS, mini_model, relative_error
-from tests.mask2former.test_ms_deform_attn import definition, error, offsets_and_logits
+from tests.mask2former.ms_deform_attn_helpers import definition, error, offsets_and_logits
 
 # The converter
 

@@ -17,8 +17,8 @@ from mask2former.modeling.pixel_decoder.ms_deform_attn_reference import (
     ms_deform_attn_reference,
     ms_deform_attn_reference_backward,
 )
+from tests.mask2former.ms_deform_attn_helpers import BF16, F16, F32, PYRAMIDS, error, on_gpu, random_inputs
 from tests.mask2former.native_library import compiler, library
-from tests.mask2former.test_ms_deform_attn import BF16, F16, F32, PYRAMIDS, error, on_gpu, random_inputs
 
 
 def emulated(grad, value, offsets, logits, shapes, backwards=False):
