@@ -1,26 +1,24 @@
-"""tools/accuracy_ledger.py with the small model on the CPU, and doubles of TensorRT: rows, table, limits, what fails."""
+"""tools/accuracy_ledger.py with the small model on the CPU, and doubles of TensorRT: rows, table, what fails."""
 
 from __future__ import annotations
 
 import ast
 import csv
-import importlib.util
 import json
 from pathlib import Path
 
+import accuracy_ledger
 import ledger_evaluation
 import ledger_markdown
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
-from ledger_evaluation import engine_cfg, images_outside, metric_columns, pytorch_precision
+import train_net
+from ledger_evaluation import metric_columns, pytorch_precision
 from ledger_images import ImageTables
 from measurements import read_rows
-from PIL import Image
 
 from mask2former import MaskFormer, get_mask2former_cfg
 from mask2former.backend import TorchBackend
-from mask2former.data.datasets.catalog import load_panoptic
 from mask2former.data.datasets.shapes import register_shapes
 from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
 from mask2former.data.errors import AnnotationError
@@ -37,16 +35,8 @@ def weights(tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("ledger"), PREFIX)
 
 
-@pytest.fixture(scope="module")
-def ledger():
-    spec = importlib.util.spec_from_file_location("accuracy_ledger", REPO / "tools" / "accuracy_ledger.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def run(ledger, weights, tmp_path, monkeypatch):
+def run(weights, tmp_path, monkeypatch):
     """Exit status, and the rows of the newest CSV file."""
     monkeypatch.chdir(REPO)
 
@@ -55,7 +45,7 @@ def run(ledger, weights, tmp_path, monkeypatch):
         quick += ["--warmup", "0", "--iterations", "1", "--work", str(tmp_path / "work")]
         quick += ["--output", str(tmp_path / "results")]
         quick += [] if "--size" in words else ["--size", "64/80"]
-        status = ledger.main([*quick, *words, "--", *OPTS, *opts])
+        status = accuracy_ledger.main([*quick, *words, "--", *OPTS, *opts])
         paths = sorted((tmp_path / "results").glob("*.csv"), key=lambda path: path.stat().st_mtime_ns)
         if not paths:
             return status, []
@@ -97,10 +87,6 @@ def test_every_size_batch_and_precision_is_a_row(run, capsys):
 
 
 def test_metrics_are_those_of_train_net(run, weights, tmp_path, monkeypatch):
-    import json
-
-    import train_net
-
     _, (row,) = run("--backend", "torch", "--precision", "fp32")
     words = [
         "--eval-only",
@@ -121,13 +107,13 @@ def test_metrics_are_those_of_train_net(run, weights, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("allowed", [False, True])
-def test_reference_is_computed_without_tf32(ledger, run, monkeypatch, allowed):
+def test_reference_is_computed_without_tf32(run, monkeypatch, allowed):
     """Whatever was allowed before. On a CPU the switches have no effect, but every call of the network can read them."""
     switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
     for switch in switches:
         switch.allow_tf32 = allowed  # every test's fixture puts them back
     row, seen, references = [], {}, set()
-    measure, call, core = ledger.Ledger._measure, TorchBackend.__call__, MaskFormer.core
+    measure, call, core = accuracy_ledger.Ledger._measure, TorchBackend.__call__, MaskFormer.core
 
     def modes() -> tuple[bool, ...]:
         return (*(switch.allow_tf32 for switch in switches), torch.is_autocast_enabled("cpu"))
@@ -146,7 +132,7 @@ def test_reference_is_computed_without_tf32(ledger, run, monkeypatch, allowed):
         references.add(modes())
         return core(self, images)
 
-    monkeypatch.setattr(ledger.Ledger, "_measure", watched_measure)
+    monkeypatch.setattr(accuracy_ledger.Ledger, "_measure", watched_measure)
     monkeypatch.setattr(TorchBackend, "__call__", watched_call)
     monkeypatch.setattr(MaskFormer, "core", watched_core)
     assert run("--backend", "torch", "--precision", "fp32", "tf32", "bf16")[0] == 0
@@ -237,89 +223,6 @@ def test_engine_beyond_the_limits_is_told(run, workshop, capsys):
     assert "mIoU differs by" in capsys.readouterr().err
 
 
-def row_of(ledger, backend="tensorrt", precision="fp16", **values) -> dict[str, str]:
-    return {
-        **dict.fromkeys(ledger.FIELDS, ""),
-        "backend": backend,
-        "precision": precision,
-        "status": "ok",
-        **values,
-    }
-
-
-@pytest.mark.parametrize(
-    "precision, value, good",
-    [
-        ("fp32", "50.05", True),
-        ("fp32", "50.06", False),
-        ("tf32", "49.94", False),
-        ("fp16", "50.09", True),
-        ("fp16", "49.89", False),
-        ("bf16", "", False),
-    ],
-)
-def test_limits_are_those_of_the_precision(ledger, precision, value, good):
-    rows = [row_of(ledger, "torch", "fp32", PQ="50.0"), row_of(ledger, precision=precision, PQ=value)]
-    assert (ledger.beyond_limits(rows, ["PQ"]) == []) is (ledger.beyond_limits(rows) == []) is good
-
-
-def test_limits_need_an_engine_that_was_measured(ledger):
-    torch_rows = [row_of(ledger, "torch", p, PQ="50.0", AP="9", mIoU="7") for p in ("fp32", "tf32")]
-    failed = row_of(ledger, status="failed: no memory")
-    for rows in ([], torch_rows, [*torch_rows, failed]):
-        for metrics in ([], ["PQ"]):
-            assert ledger.beyond_limits(rows, metrics) == [
-                "no limits were checked: there is no row of an engine that was measured"
-            ]
-
-
-@pytest.mark.parametrize(
-    "names, metrics, lacking",
-    [
-        (("PQ",), [], ""),  # of a config with one task
-        (("PQ",), ["PQ"], ""),
-        (("PQ",), ["PQ", "AP"], "AP"),
-        (("PQ", "mIoU"), ["AP", "AP50"], "AP, AP50"),
-        (("SQ",), [], "PQ, AP, mIoU"),
-        ((), [], "PQ, AP, mIoU"),
-    ],
-)
-def test_limits_need_metrics_that_were_measured(ledger, names, metrics, lacking):
-    values = dict.fromkeys(names, "50.0")
-    every = {**dict.fromkeys(("PQ", "AP", "AP50", "mIoU"), "50.0"), "batch": "4"}
-    rows = [row_of(ledger, "torch", "fp32", **values), row_of(ledger, **values)]
-    # Another engine that has them all does not speak for this one.
-    rows += [row_of(ledger, "torch", "fp32", **every), row_of(ledger, **every)]
-    told = ledger.beyond_limits(rows, metrics)
-    assert len(told) == bool(lacking)
-    if lacking:
-        assert told[0].endswith(f"nothing to compare, neither it nor PyTorch has {lacking}")
-
-
-def test_only_what_was_compared_is_within_the_limits(ledger, tmp_path, capsys):
-    def checked(*rows, limits=()) -> tuple[int, str]:
-        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.csv"
-        file = ledger.MeasurementFile(path, ledger.FIELDS, ())
-        for row in rows:
-            file.add({**row, "min_size": "64", "max_size": "80", "batch": "1"})
-        status = ledger.main(["--from-csv", str(path), "--work", str(tmp_path), "--limits", *limits])
-        printed = capsys.readouterr()
-        return status, next((line for line in printed.out.splitlines() if "within" in line), printed.err)
-
-    reference = row_of(ledger, "torch", "fp32", PQ="50", SQ="60", RQ="70")
-    engine = row_of(ledger, PQ="50", SQ="60", RQ="70")
-    assert checked(reference, engine) == (0, "within the limits: PQ")
-    assert checked(reference, engine, limits=["SQ", "PQ"]) == (0, "within the limits: SQ, PQ")
-    for rows, limits in (((reference,), ()), ((reference, engine), ["AP"])):
-        status, told = checked(*rows, limits=limits)
-        assert status == 1 and told.startswith("accuracy_ledger.py: ")
-
-
-def test_row_without_a_reference_is_not_within_the_limits(ledger):
-    other = row_of(ledger, "torch", "fp32", PQ="50.0", batch="4")
-    assert "no reference" in ledger.beyond_limits([other, row_of(ledger, PQ="50.0", batch="1")], ["PQ"])[0]
-
-
 def test_interrupted_run_is_continued_and_failures_are_tried_again(
     run, tmp_path, capsys, workshop, monkeypatch
 ):
@@ -346,9 +249,9 @@ def test_interrupted_run_is_continued_and_failures_are_tried_again(
     assert len(read_rows(path, list(rows[0]))) == 3
 
 
-def test_runs_of_one_second_have_files_of_their_own(run, ledger, tmp_path, monkeypatch):
+def test_runs_of_one_second_have_files_of_their_own(run, tmp_path, monkeypatch):
     path = tmp_path / "results" / "accuracy.csv"
-    monkeypatch.setattr(ledger.MeasurementFile, "new_path", lambda *_: path)
+    monkeypatch.setattr(accuracy_ledger.MeasurementFile, "new_path", lambda *_: path)
     for _ in range(2):
         assert run("--backend", "torch", "--precision", "fp32")[0] == 0
     files = sorted(path.parent.glob("*.csv"))
@@ -383,16 +286,6 @@ def test_page_without_a_place_is_refused_before_anything_is_measured(run, tmp_pa
     assert begin in capsys.readouterr().err
 
 
-def test_rows_of_other_overrides_have_another_note(ledger):
-    rows = [
-        row_of(ledger, overrides=words, status="failed", min_size="1", max_size="2", batch="1")
-        for words in ("", "MODEL.TENSORRT.MSDA plugin", "")
-    ]
-    lines = ledger_markdown.table(rows).splitlines()
-    assert [line.rstrip("| ")[-1] for line in lines[2:5]] == ["1", "2", "1"]
-    assert "with" not in lines[6] and "with `MODEL.TENSORRT.MSDA plugin`, checkpoint" in lines[7]
-
-
 def test_damaged_image_is_named(tmp_path):
     prefix = "ledgerdamaged"
     make_shapes_dataset(tmp_path / "shapes", ShapesOptions(train=1, val=3, min_size=48, max_size=80))
@@ -403,16 +296,6 @@ def test_damaged_image_is_named(tmp_path):
     with pytest.raises(AnnotationError, match=r"1000002\.png \(image_id 1000002\) cannot be read"):
         ledger_evaluation.Images(cfg, None, 3)
     assert ledger_evaluation.Images(cfg, None, 1).count == 1
-
-
-def test_reason_with_a_bar_does_not_break_the_table(ledger):
-    rows = [
-        row_of(ledger, status="failed: a | b\nc", min_size="1", max_size="2", batch="1"),
-        row_of(ledger, "torch", PQ="1"),
-    ]
-    lines = ledger_markdown.table(rows).splitlines()
-    assert "failed: a \\| b c" in lines[2]
-    assert len({line.replace("\\|", "").count("|") for line in lines[:4]}) == 1
 
 
 @pytest.mark.parametrize(
@@ -443,23 +326,11 @@ def test_tensorrt_that_is_missing_is_a_row(run, capsys):
 @pytest.mark.parametrize(
     "words", [["--size", "800"], ["--size", "800/600"], ["--batch", "0"], ["--limits", "IQ"], []]
 )
-def test_wrong_arguments(ledger, words):
+def test_wrong_arguments(words):
     given = ["--config-file", CONFIG, "--weights", "w.pth"] if words else []
     with pytest.raises(SystemExit) as error:
-        ledger.parse_args([*given, *words])
+        accuracy_ledger.parse_args([*given, *words])
     assert error.value.code == 2
-
-
-def test_range_of_the_engine_covers_all_sizes():
-    cfg = get_mask2former_cfg(REPO / CONFIG, [])
-    made = engine_cfg(cfg, [(320, 512), (224, 384)], [4, 1])
-    low, opt, high = ([int(n) for n in text.split("x")] for text in made.MODEL.TENSORRT.SHAPES)
-    assert made.MODEL.TENSORRT.MAX_BATCH_SIZE == 4 and made.MODEL.TENSORRT.OPT_BATCH_SIZE == 1
-    assert high == [512, 512] and all(a <= b <= c for a, b, c in zip(low, opt, high)) and max(low) <= 224
-    assert made.MODEL.TENSORRT.ON_OUT_OF_RANGE == made.MODEL.TENSORRT.ON_ERROR == "raise"
-    asked = get_mask2former_cfg(REPO / CONFIG, ["MODEL.TENSORRT.SHAPES", ["512x512"]])
-    assert engine_cfg(asked, [(320, 512)], [1]).MODEL.TENSORRT.SHAPES == ["512x512"]
-    assert cfg.MODEL.TENSORRT.SHAPES == []
 
 
 def test_images_that_the_engine_would_not_take_are_told_before_it_is_built(run, workshop, capsys):
@@ -474,37 +345,6 @@ def test_images_that_the_engine_would_not_take_are_told_before_it_is_built(run, 
         opts=(advice[0], ast.literal_eval(advice[1])),
     )
     assert status == 0 and {row["status"] for row in rows} == {"ok"}
-
-
-def test_long_images_are_outside_of_a_derived_range():
-    cfg = engine_cfg(get_mask2former_cfg(REPO / CONFIG, []), [(800, 1333)], [1])
-    records = [{"height": 480, "width": 640}, {"height": 1000, "width": 100}, {"file_name": "of no size"}]
-    assert images_outside(cfg, [(800, 1333)], records[::2], 32) == ""
-    message = images_outside(cfg, [(800, 1333)], records, 32)
-    assert "1344x160" in message and "['256x160', '800x1088', '1344x1344']" in message
-
-
-def test_long_images_of_coco_are_outside_too(tmp_path):
-    """Of the data set that MODEL_ZOO.md's command for COCO names, read as it is."""
-    for folder, name in (("images", "a.jpg"), ("panoptic", "a.png"), ("labels", "a.png")):
-        (tmp_path / folder).mkdir()
-        Image.new("RGB", (640, 100)).save(tmp_path / folder / name)
-    annotation = {"image_id": 1, "file_name": "a.png", "segments_info": []}
-    images = [{"id": 1, "height": 100, "width": 640}]
-    (tmp_path / "panoptic.json").write_text(json.dumps({"images": images, "annotations": [annotation]}))
-    metadata = MetadataCatalog.get("coco_2017_val_panoptic_with_sem_seg")
-    records = load_panoptic(
-        "long",
-        image_root=str(tmp_path / "images"),
-        panoptic_root=str(tmp_path / "panoptic"),
-        panoptic_json=str(tmp_path / "panoptic.json"),
-        sem_seg_root=str(tmp_path / "labels"),
-        metadata=metadata.as_dict(),
-    )
-    cfg = engine_cfg(get_mask2former_cfg(REPO / CONFIG, []), [(800, 1333)], [1])
-    assert "such as 224x1344, are outside the engine's range" in images_outside(
-        cfg, [(800, 1333)], records, 32
-    )
 
 
 def test_row_is_written_where_its_single_images_fail(run, monkeypatch, capsys):
