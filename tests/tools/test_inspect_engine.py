@@ -24,9 +24,9 @@ from tests.d2_trt.test_backend_conversion import InterpretedEngine
 from tests.doubles import conversion
 from tests.doubles.fake_tensorrt import use_tensorrt
 from tests.doubles.fixtures import VERSIONS
+from tests.tools.build_engine_helpers import CONFIG
+from tests.tools.build_engine_helpers import TOOL as BUILD
 from tests.tools.loading import REPO, load_tool
-from tests.tools.test_build_engine import CONFIG
-from tests.tools.test_build_engine import TOOL as BUILD
 from tests.tools.test_demo import MINI
 
 SIZES = ("64x64", "64x96", "96x96")
