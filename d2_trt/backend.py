@@ -1,13 +1,12 @@
-"""The "tensorrt" backend: builds, checks, caches and runs engines behind MODEL.BACKEND."""
+"""The "tensorrt" backend: what runs the network behind MODEL.BACKEND, an engine or PyTorch in its place."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -15,13 +14,12 @@ from torch import Tensor
 
 from mask2former.backend import name_runners
 
-from . import builder, engine_key, parity, requirements
+from . import requirements
 from .ahead import examples_of, static_ranges
-from .build_failure import explained, is_memory_error, memory_error
-from .build_spec import BuildSpec
-from .cache import BuiltEngine, CacheEntry, EngineCache
-from .cache_timing import TimingCache, what_is_timed
+from .build_failure import explained
+from .cache import CacheEntry
 from .engine import Engine
+from .engine_source import EngineSource, Images
 from .errors import (
     BuildError,
     D2TRTError,
@@ -36,7 +34,6 @@ from .logging import follow_detectron2, get_logger
 from .network_digest import NetworkChanged, NetworkDigest, NetworkWatch, call_on_load
 from .options import TensorRTOptions
 from .run_record import RunRecord
-from .sample_images import SampleImages, images_to_compare, verified_batches
 from .shape_range import ShapeRange
 
 if TYPE_CHECKING:
@@ -66,8 +63,6 @@ class _Loaded:
         return {**self.about, "cuda_graphs": None if graphs is None else graphs.describe()}
 
 
-# Images (3, H, W) to trace and compare with, a batch of them, or what reads them; None for drawn scenes.
-_Images = Iterable[Tensor] | Callable[[], Iterable[Tensor]] | None
 # A padded range and the GPU that runs it.
 _Where = tuple[ShapeRange, torch.device]
 
@@ -93,16 +88,14 @@ class TensorRTBackend:
         """
         follow_detectron2()
         self._model = model
-        self._cfg = cfg
         self.options = TensorRTOptions.from_cfg(cfg, size_divisibility=model.size_divisibility)
-        self._cache = EngineCache.from_options(self.options.cache)
-        self._repairs: EngineCache | None = None
         self._lock = threading.RLock()
         # Read without the lock, so that no image waits for another range's build; changed under it.
         self._loaded: dict[_Where, _Loaded] = {}
         self._failures: dict[_Where, D2TRTError] = {}
         self._clock = itertools.count()
         self._watch = NetworkWatch(model)
+        self._source = EngineSource(model, cfg, self.options, self._watch)
         self._network: NetworkDigest | None = None
         self._stale = self._announced = False
         self._unavailable: D2TRTError | None = None
@@ -177,7 +170,7 @@ class TensorRTBackend:
     def _notice_load(self) -> None:
         self._stale = True
 
-    def entry(self, shapes: ShapeRange, images: _Images = None) -> CacheEntry:
+    def entry(self, shapes: ShapeRange, images: Images = None) -> CacheEntry:
         """The cache entry of the engine for a range: its path, bytes and sidecar. Built, checked and kept where missing.
 
         Args:
@@ -196,7 +189,7 @@ class TensorRTBackend:
             except D2TRTError:
                 raise
             except Exception as error:
-                _raise(explained(error, "build", self._limits(shapes), self._model.device), error)
+                _raise(explained(error, "build", self._source.limits(shapes), self._model.device), error)
 
     def describe(self) -> dict[str, Any]:
         """What has run the network so far, JSON-serialisable.
@@ -236,7 +229,7 @@ class TensorRTBackend:
 
     # Which engine
 
-    def _engine(self, shapes: ShapeRange, images: _Images) -> Engine | None:
+    def _engine(self, shapes: ShapeRange, images: Images) -> Engine | None:
         """The engine of a range, loaded or built; None where PyTorch is to run instead."""
         where = (shapes, self._model.device)
         loaded = None if self._stale else self._loaded.get(where)
@@ -250,7 +243,7 @@ class TensorRTBackend:
             return None
         return loaded.engine
 
-    def _find_or_load(self, where: _Where, images: _Images) -> _Loaded | None:
+    def _find_or_load(self, where: _Where, images: Images) -> _Loaded | None:
         try:
             self._refresh()
             if where not in self._loaded and where not in self._failures:
@@ -308,13 +301,9 @@ class TensorRTBackend:
         """The error as build_failure.explained has it; this project's own, without a fallback, as it is."""
         if self.options.on_error != "torch" and isinstance(error, D2TRTError):
             return error
-        return explained(error, doing, self._limits(shapes), self._model.device)
+        return explained(error, doing, self._source.limits(shapes), self._model.device)
 
-    def _limits(self, shapes: ShapeRange) -> BuildSpec:
-        """What decides how much memory an engine takes."""
-        return BuildSpec(shapes.min, shapes.opt, shapes.max, workspace_bytes=self.options.workspace_bytes)
-
-    def _meet_real(self, where: _Where, loaded: _Loaded, images: _Images) -> bool:
+    def _meet_real(self, where: _Where, loaded: _Loaded, images: Images) -> bool:
         """Compare an engine of which only drawn scenes were compared on the first images that come, once.
 
         Returns:
@@ -340,30 +329,18 @@ class TensorRTBackend:
                 return False
         return True
 
-    def _compare_real(self, shapes: ShapeRange, loaded: _Loaded, images: _Images) -> None:
-        verify, parity_before = self.options.verify, loaded.about["parity"]
-        if loaded.met_real or not verify.enabled or parity_before.get("given_images"):
-            loaded.met_real = True
-            return
-        given = drawn = 0
-        if callable(images):
-            samples = SampleImages(self._model.device, images())
-            batch = samples.take(shapes.opt)
-            given, drawn = samples.given, samples.drawn
-            if not given:
+    def _compare_real(self, shapes: ShapeRange, loaded: _Loaded, images: Images) -> None:
+        before = loaded.about["parity"]
+        if self.options.verify.enabled and not loaded.met_real and not before.get("given_images"):
+            numbers = self._source.compare_given(loaded.engine, shapes, images)
+            if numbers is None:
                 return
-        else:
-            batch = images[: max(shapes.min[0], verify.images)]
-            given = len(batch)
-        with _on(self._model.device), builder.eval_mode(self._model):
-            numbers = parity.verify(loaded.engine, self._model.core, [batch], verify)
-        logger.info("Compared with PyTorch on the first %d given image%s", given, "s"[: given != 1])
-        loaded.about["parity"] = {
-            **parity_before,
-            "sizes": [*parity_before.get("sizes", ()), *numbers["sizes"]],
-            "given_images": given,
-            "drawn_scenes": parity_before.get("drawn_scenes", 0) + drawn,
-        }
+            loaded.about["parity"] = {
+                **before,
+                "sizes": [*before.get("sizes", ()), *numbers["sizes"]],
+                "given_images": numbers["given_images"],
+                "drawn_scenes": before.get("drawn_scenes", 0) + numbers["drawn_scenes"],
+            }
         loaded.met_real = True
 
     def _say_fallback(self, error: Exception, about: Hashable = None) -> None:
@@ -372,9 +349,9 @@ class TensorRTBackend:
             f"PyTorch runs the network on {self._model.device} (MODEL.TENSORRT.ON_ERROR torch): {error}",
         )
 
-    # Loading and building
+    # Loading
 
-    def _load(self, shapes: ShapeRange, images: _Images) -> _Loaded:
+    def _load(self, shapes: ShapeRange, images: Images) -> _Loaded:
         """An engine in memory, from the cache or built."""
         started = time.perf_counter()
         entry, engine = self._obtain(shapes, images, run=True)
@@ -399,12 +376,11 @@ class TensorRTBackend:
         }
         return _Loaded(engine, about, next(self._clock))
 
-    def _obtain(self, shapes: ShapeRange, images: _Images, run: bool) -> tuple[CacheEntry, Engine | None]:
-        """A range's entry, as checked as VERIFY asks, with its engine where it is there or is wanted. Under the lock."""
+    def _obtain(self, shapes: ShapeRange, images: Images, run: bool) -> tuple[CacheEntry, Engine | None]:
+        """See EngineSource.obtain; where the model becomes another meanwhile, that one's. Under the lock."""
         for _ in range(MAX_TRIES):
             try:
-                with _on(self._model.device), builder.eval_mode(self._model):
-                    return self._obtain_once(shapes, images, run)
+                return self._source.obtain(self._network, shapes, images, run)
             except NetworkChanged:
                 logger.warning(
                     "The model changed before its engine was done: one of what it is now is to follow"
@@ -417,147 +393,9 @@ class TensorRTBackend:
             "or after."
         )
 
-    def _obtain_once(
-        self, shapes: ShapeRange, images: _Images, run: bool
-    ) -> tuple[CacheEntry, Engine | None]:
-        """What the cache has and TensorRT refuses is built again."""
-        entry, engine = self._get_entry(shapes, images, self._cache)
-        if engine is None and (run or not self._is_checked(entry, shapes)):
-            try:
-                engine = self._make_engine(entry.data, shapes)
-            except BuildError as error:
-                # Where memory does not suffice the entry is good, and a build would want more.
-                if self._cache.mode == "require" or isinstance(error, GPUMemoryError):
-                    raise
-                logger.warning("The cached engine %s is built again: %s", entry.path, error)
-                entry, engine = self._get_entry(shapes, images, self._rebuilding())
-                engine = engine or self._make_engine(entry.data, shapes)
-        if not self._is_checked(entry, shapes):
-            logger.info("The cached engine %s was not compared as MODEL.TENSORRT.VERIFY asks", entry.path)
-            entry = self._cache.note_parity(entry, self._compare_cached(engine, shapes, images))
-        return entry, engine
-
-    def _rebuilding(self) -> EngineCache:
-        """A cache that builds once more what it is asked for, where the configured one may be written to."""
-        if self._repairs is None:
-            mode = "rebuild" if self.options.cache.writable else "off"
-            self._repairs = EngineCache(self._cache.directory, mode, self._cache.max_bytes)
-        return self._repairs
-
-    def _get_entry(
-        self, shapes: ShapeRange, images: _Images, cache: EngineCache
-    ) -> tuple[CacheEntry, Engine | None]:
-        """A range's entry; with it the engine, where it was built and checked just now. Under the lock."""
-        device, network = self._model.device, self._network
-        identity = engine_key.identity_of(device)
-        spec = engine_key.build_spec(self.options, shapes, device, identity["compute_capability"])
-        ingredients = engine_key.ingredients_of(
-            self._model, self._cfg, self.options, network, spec, shapes, identity
-        )
-        made: list[Engine] = []
-
-        def build() -> BuiltEngine:
-            made.clear()
-            with self._watch.unchanged(network), self._comparing(shapes):
-                built, engine = self._build(shapes, spec, identity, images)
-            made.append(engine)
-            return built
-
-        terms = {"verify": dataclasses.asdict(self.options.verify)}
-        entry = cache.get_or_build(ingredients, build, terms)
-        return entry, made[0] if made and entry.built else None
-
-    def _build(
-        self, shapes: ShapeRange, spec: BuildSpec, identity: dict[str, Any], images: _Images
-    ) -> tuple[BuiltEngine, Engine]:
-        options = self.options
-        logger.info("Building the TensorRT engine for %s; this takes minutes, once", shapes.describe())
-        timing = TimingCache(
-            self._cache.directory,
-            **identity,
-            build=what_is_timed(self._cfg, spec),
-            writable=options.timing_cache and options.cache.writable,
-        )
-        use_timings = options.timing_cache and options.cache.mode != "off"
-        samples = self._samples(images)
-        plan, report, timings = builder.build_engine(
-            self._model, spec, samples.take(shapes.opt), timing.load() if use_timings else b""
-        )
-        timing.merge(timings, builder.timing_combiner())
-        engine = self._make_engine(plan, shapes)
-        numbers = self._compare(engine, shapes, samples) if options.verify.enabled else {}
-        return BuiltEngine(plan, report=dataclasses.asdict(report), parity=numbers), engine
-
-    def _samples(self, images: _Images) -> SampleImages:
-        return SampleImages(self._model.device, images() if callable(images) else images)
-
-    @contextlib.contextmanager
-    def _comparing(self, shapes: ShapeRange) -> Iterator[None]:
-        """Around a build or a comparison: what the caller computes in is not what the network runs in."""
-        autocast = torch.autocast(self._model.device.type, enabled=False)
-        try:
-            with torch.inference_mode(False), torch.no_grad(), autocast:
-                yield
-        except torch.cuda.OutOfMemoryError as error:
-            raise memory_error(error, "build and check", self._limits(shapes), self._model.device) from error
-
-    def _is_checked(self, entry: CacheEntry, shapes: ShapeRange) -> bool:
-        verify = self.options.verify
-        if not verify.enabled:
-            return True
-        batches = verified_batches(shapes, self._step, verify.sizes, verify.images)
-        return parity.passed(entry.parity, batches, verify)
-
-    @property
-    def _step(self) -> int:
-        return max(self._model.size_divisibility, 1)
-
-    def _compare(self, engine: Engine, shapes: ShapeRange, samples: SampleImages) -> dict[str, Any]:
-        """
-        Returns:
-            the numbers of parity.verify, and how many images of which kind they are from.
-
-        Raises:
-            ParityError: see parity.verify.
-        """
-        verify = self.options.verify
-        batches = images_to_compare(samples, shapes, self._step, verify.sizes, verify.images)
-        numbers = parity.verify(engine, self._model.core, batches, verify)
-        logger.info("Compared with PyTorch on %s", samples.describe())
-        return numbers | {"given_images": samples.given, "drawn_scenes": samples.drawn}
-
-    def _compare_cached(self, engine: Engine, shapes: ShapeRange, images: _Images) -> dict[str, Any]:
-        with self._watch.unchanged(self._network), self._comparing(shapes):
-            return self._compare(engine, shapes, self._samples(images))
-
-    def _make_engine(self, plan: bytes, shapes: ShapeRange) -> Engine:
-        """
-        Raises:
-            GPUMemoryError: the GPU's memory does not suffice.
-            BuildError: the plan does not load for another reason.
-        """
-        with contextlib.suppress(GPUMemoryError):
-            return self._new_engine(plan, shapes)
-        torch.cuda.empty_cache()  # what PyTorch keeps for itself, TensorRT cannot have
-        return self._new_engine(plan, shapes)
-
-    def _new_engine(self, plan: bytes, shapes: ShapeRange) -> Engine:
-        options = self.options
-        try:
-            graphs = options.max_cuda_graphs if options.cuda_graphs else 0
-            return Engine(plan, self._model.device, graphs, options.cuda_graph_bytes)
-        except (BuildError, torch.cuda.OutOfMemoryError) as error:
-            if not is_memory_error(error):
-                raise
-            raise memory_error(error, "load", self._limits(shapes), self._model.device) from error
-
 
 def _raise(failure: D2TRTError, error: Exception) -> NoReturn:
     """What an error is told as, with the error itself as its cause where they are two."""
     if failure is error:
         raise failure
     raise failure from error
-
-
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2_trt import backend as backend_module
-from d2_trt import builder, compat, plugin
+from d2_trt import builder, compat, engine_source, plugin
 from d2_trt.backend import TensorRTBackend
 from d2_trt.build_report import BuildReport
 from d2_trt.build_spec import BuildSpec
@@ -124,7 +123,7 @@ def workshop(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(builder, "build_engine", shop.build_engine)
-    monkeypatch.setattr(backend_module, "Engine", shop.engine)
+    monkeypatch.setattr(engine_source, "Engine", shop.engine)
     return shop
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import d2_trt  # noqa: F401
-from d2_trt import backend as backend_module
-from d2_trt import builder, compat
+from d2_trt import builder, compat, engine_source
 from d2_trt.backend import TensorRTBackend
 from d2_trt.errors import BuildError, ParityError
 from tests.doubles import conversion
@@ -49,7 +48,7 @@ def interpreter(trt, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr(TensorRTBackend, "_require", lambda self: compat.tensorrt())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Double GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backend_module, "Engine", InterpretedEngine)
+    monkeypatch.setattr(engine_source, "Engine", InterpretedEngine)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return trt
 

@@ -10,8 +10,7 @@ import time
 import pytest
 import torch
 
-from d2_trt import backend as backend_module
-from d2_trt import builder, cache_key, compat, plugin
+from d2_trt import builder, cache_key, compat, engine_source, plugin
 from d2_trt.backend import TensorRTBackend
 from d2_trt.build_spec import BuildSpec
 from d2_trt.errors import (
@@ -200,7 +199,7 @@ def test_cached_engine_that_cannot_be_loaded_leaves_the_images_to_pytorch(
     workshop, monkeypatch, fail, caplog
 ):
     make_backend().prepare()
-    monkeypatch.setattr(backend_module, "Engine", fail)
+    monkeypatch.setattr(engine_source, "Engine", fail)
     if fail in OF_MEMORY:
         workshop.fail = AssertionError("nothing was to be built")
     backend = make_backend(model := TinyModel(), ON_ERROR="torch")
@@ -219,7 +218,7 @@ def test_memory_that_runs_out_in_loading_leaves_the_entry_and_says_what_to_lower
     kept = {path: path.read_bytes() for path in (tmp_path / "d2_trt").glob("*.engine")}
     backend = make_backend()
     with monkeypatch.context() as patch:
-        patch.setattr(backend_module, "Engine", fail)
+        patch.setattr(engine_source, "Engine", fail)
         with pytest.raises(
             GPUMemoryError, match=r"to load the engine.*Lower MODEL\.TENSORRT\.MAX_BATCH_SIZE"
         ):
@@ -232,9 +231,9 @@ def test_memory_that_runs_out_in_loading_leaves_the_entry_and_says_what_to_lower
 
 def test_engine_is_loaded_once_pytorch_gives_its_unused_memory_back(workshop, monkeypatch):
     make_backend().prepare()
-    monkeypatch.setattr(backend_module, "Engine", out_of_memory)
+    monkeypatch.setattr(engine_source, "Engine", out_of_memory)
     monkeypatch.setattr(
-        torch.cuda, "empty_cache", lambda: monkeypatch.setattr(backend_module, "Engine", workshop.engine)
+        torch.cuda, "empty_cache", lambda: monkeypatch.setattr(engine_source, "Engine", workshop.engine)
     )
     backend = make_backend()
     backend(images())

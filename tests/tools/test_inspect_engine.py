@@ -15,8 +15,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from d2_trt import backend as backend_module
-from d2_trt import compat, requirements
+from d2_trt import compat, engine_source, requirements
 from d2_trt.cache import EngineCache
 from mask2former import get_mask2former_cfg
 from tests.d2_trt.cache_helpers import key_of, put
@@ -264,7 +263,7 @@ def double(monkeypatch, tmp_path):
         monkeypatch.setattr(requirements, "require", lambda *_, **__: compat.tensorrt())
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Double GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        monkeypatch.setattr(backend_module, "Engine", InterpretedEngine)
+        monkeypatch.setattr(engine_source, "Engine", InterpretedEngine)
         monkeypatch.setattr(TOOL, "find_device", lambda: torch.device("cpu"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         yield trt
