@@ -15,8 +15,9 @@ class BuildReport:
 
     `layers` and `precisions` count the network's layers, by kind and by the type of what they compute; `plugin_layers` are
     the names of those that plugins compute. `engine` is of the engine, whose layers TensorRT fused:
-    d2_trt.report.summarize. `device_memory` is what an execution context takes of the GPU, in bytes. `new_timings`, of
-    kernels that the timing cache lacked, is None where TensorRT does not tell (before 10.13).
+    d2_trt.report.summarize. `device_memory` is what an execution context takes of the GPU, in bytes. `kernels_timed`
+    counts the messages that tell of a kernel's timing. `new_timings`, of kernels that the timing cache lacked, is None
+    where TensorRT does not tell (before 10.13).
     """
 
     engine_bytes: int = 0
@@ -28,6 +29,7 @@ class BuildReport:
     engine: dict[str, Any] = field(default_factory=dict)
     device_memory: int = 0
     timing_cache_used: bool = False
+    kernels_timed: int = 0
     new_timings: int | None = None
 
     def inspect(self, plan: bytes, log) -> None:
@@ -62,7 +64,8 @@ class BuildReport:
                 lines.append(
                     f"Its {self.engine['count']} layers by {name}: {text}{', ...' if counts[8:] else ''}"
                 )
-        if self.new_timings is not None:
+        timed = self.kernels_timed if self.new_timings is None else self.new_timings
+        if timed or self.new_timings is not None:
             found = "with" if self.timing_cache_used else "without"
-            lines.append(f"{self.new_timings} kernels were timed anew, {found} an earlier build's timings")
+            lines.append(f"{timed} kernels were timed anew, {found} an earlier build's timings")
         return lines

@@ -58,6 +58,7 @@ def trt_logger(hear: Callable[[str], None] | None = None):
         def __init__(self):
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.softly = False  # whether errors are no more than DEBUG to the log
             self.warnings: deque[str] = deque(maxlen=100)
 
         def log(self, level, message):
@@ -69,7 +70,8 @@ def trt_logger(hear: Callable[[str], None] | None = None):
                 hear(message)
             # Of every execution context, one for each shape that has a graph.
             often = level == severity.INFO and message.startswith(("[MS]", "[MemUsageChange]"))
-            target.log(levels[severity.VERBOSE if often else level], message)
+            loudness = levels[severity.VERBOSE if often else level]
+            target.log(min(loudness, logging.DEBUG) if self.softly else loudness, message)
 
     return Bridge()
 
@@ -232,13 +234,11 @@ def _build(
     config = builder.create_builder_config()
     configure(config, spec)
     report = BuildReport()
-    cache = _use_timings(config, timings)
+    cache = _use_timings(config, timings, log)
     report.timing_cache_used = bool(timings) and cache is not None
     if cache is None:
-        cache = _use_timings(config, b"")
+        cache = _use_timings(config, b"", log)
     timed = compat.timing_entries(cache)
-    log.errors.clear()  # of a timing cache that did not fit
-
     started = time.perf_counter()
     # Kept until the build is over: TensorRT reads the weights that it holds. What depends on weights alone PyTorch computes,
     # for an engine that other processes take from the cache: not by TF32, which is this one's choice.
@@ -267,6 +267,7 @@ def _build(
     started = time.perf_counter()
     plan = progress.run(build, doing, images.device)
     report.build_seconds = time.perf_counter() - started
+    report.kernels_timed = doing.kernels
     if plan is None:
         kind = GPUMemoryError if any(map(is_about_memory, log.errors)) else BuildError
         raise kind(build_failure(log.errors, spec, log.warnings, images.device))
@@ -280,18 +281,26 @@ def _build(
     return plan, report, bytes(cache.serialize())
 
 
-def _use_timings(config, timings: bytes):
+def _use_timings(config, timings: bytes, log):
     """The timing cache of a build, made from what an earlier one left; None, with a warning, where that does not fit."""
     problem = "it is damaged, or of another TensorRT"
     cache = None
+    log.softly = True
     try:
         cache = config.create_timing_cache(timings)
         if cache is not None:
             if config.set_timing_cache(cache, ignore_mismatch=False):
+                if log.errors:
+                    # 8.6.0 says of every cache that it will not be used: what it cannot read are the timings of fused
+                    # regions. It uses the others, of another network too.
+                    logger.info("TensorRT on an earlier build's timings: %s", "; ".join(log.errors))
                 return cache
             problem = "it is of another GPU or another TensorRT"
     except (RuntimeError, TypeError, ValueError) as error:
         problem = str(error)
+    finally:
+        log.softly = False
+        log.errors.clear()  # a build that fails does so for other reasons
     if not timings:
         raise BuildError(f"TensorRT makes no empty timing cache: {problem}")
     logger.warning("The timing cache is not used, so that this build takes longer: %s", problem)

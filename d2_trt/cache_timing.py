@@ -160,8 +160,7 @@ class TimingCache:
 
 
 def what_is_timed(cfg, spec: BuildSpec) -> list[Any]:
-    """What decides which kernels a build times: the network, whose timings serve another one little and may be refused for
-    it by TensorRT 8.6; then types and plugins; then sizes."""
+    """What decides which kernels a build times: the network, then types and plugins, then sizes."""
     network = graph_config(cfg)
     del network["META_ARCHITECTURE"]  # of the same network there are two
     sizes = {name: value for name, value in vars(spec).items() if name.endswith("_shape")}

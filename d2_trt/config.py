@@ -51,7 +51,8 @@ _DEFAULTS = {
             "WORKSPACE": 0.0,
             # Effort of the builder, 0 (quick build) to 5 (long build, perhaps a faster engine).
             "OPT_LEVEL": 3,
-            # Keep kernel timings between builds, in CACHE.DIR: the second build takes a fraction of the first.
+            # Keep kernel timings between builds, in CACHE.DIR: the second build takes a fraction of the first. Not at
+            # OPT_LEVEL 0, where TensorRT times nothing.
             "TIMING_CACHE": True,
             "CACHE": {
                 # Where engines are kept. "": $XDG_CACHE_HOME/d2_trt, else ~/.cache/d2_trt. Engines hold code for

@@ -148,17 +148,17 @@ class EngineSource:
     ) -> tuple[BuiltEngine, Engine]:
         options = self._options
         logger.info("Building the TensorRT engine for %s; this takes minutes, once", shapes.describe())
+        # At level 0 TensorRT times nothing, and heeds no timings.
+        timed = options.timing_cache and spec.opt_level > 0
         timing = TimingCache(
             self._cache.directory,
             **identity,
             build=what_is_timed(self._cfg, spec),
-            writable=options.timing_cache and options.cache.writable,
+            writable=timed and options.cache.writable,
         )
-        use_timings = options.timing_cache and options.cache.mode != "off"
+        earlier = timing.load() if timed and options.cache.mode != "off" else b""
         samples = self._samples(images)
-        plan, report, timings = builder.build_engine(
-            self._model, spec, samples.take(shapes.opt), timing.load() if use_timings else b""
-        )
+        plan, report, timings = builder.build_engine(self._model, spec, samples.take(shapes.opt), earlier)
         timing.merge(timings, builder.timing_combiner())
         engine = self._make_engine(plan, shapes)
         numbers = self._compare(engine, shapes, samples) if options.verify.enabled else {}

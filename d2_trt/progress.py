@@ -76,6 +76,12 @@ class Progress:
             with self._lock:
                 self._stage, self._layer = stage, ""
 
+    @property
+    def kernels(self) -> int:
+        """How many kernels TensorRT has timed, as far as its messages tell."""
+        with self._lock:
+            return self._kernels
+
     def stop(self) -> None:
         """Ask the build to end at its next step."""
         with self._lock:

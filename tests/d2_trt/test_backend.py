@@ -14,6 +14,7 @@ import torch
 from d2_trt import backend as backend_module
 from d2_trt import builder, compat
 from d2_trt.backend import TensorRTBackend
+from d2_trt.cache_timing import timing_caches
 from d2_trt.errors import BuildError, EngineShapeError
 from d2_trt.options import TensorRTOptions
 from d2_trt.shape_range import ShapeRange
@@ -119,6 +120,14 @@ def test_timings_go_from_build_to_build(workshop):
     make_backend(TinyModel(1)).prepare()
     make_backend(TinyModel(2), TIMING_CACHE=False).prepare()
     assert workshop.timings == [b"", b"timings", b""]
+
+
+def test_level_that_times_nothing_neither_takes_timings_nor_leaves_any(workshop, tmp_path):
+    make_backend(TinyModel(0), OPT_LEVEL=0).prepare()
+    assert workshop.timings == [b""] and not timing_caches(tmp_path / "d2_trt")
+    make_backend(TinyModel(1)).prepare()
+    make_backend(TinyModel(2), OPT_LEVEL=0).prepare()
+    assert workshop.timings == [b"", b"", b""] and len(timing_caches(tmp_path / "d2_trt")) == 1
 
 
 def test_builds_that_overlap_lose_no_timings_where_those_do_not_combine(workshop, monkeypatch):

@@ -216,6 +216,47 @@ def test_timings_that_tensorrt_makes_nothing_of_are_ignored(trt, monkeypatch, ca
     assert not report.timing_cache_used and "damaged, or of another TensorRT" in caplog.text
 
 
+def test_what_tensorrt_says_of_timings_that_it_takes_is_no_error(trt, monkeypatch, caplog):  # noqa: F811
+    """8.6.0 announces of all that they will not be used, and uses them."""
+    _, _, timings = build()
+    said, logs = "The timing cache will not be used!", []
+    trt_logger, create = builder.trt_logger, trt.IBuilderConfig.create_timing_cache
+
+    def create_timing_cache(self, serialized_timing_cache):
+        if serialized_timing_cache:
+            logs[-1].log(trt.ILogger.Severity.ERROR, said)
+        return create(self, serialized_timing_cache)
+
+    monkeypatch.setattr(builder, "trt_logger", lambda *args: logs.append(trt_logger(*args)) or logs[-1])
+    monkeypatch.setattr(trt.IBuilderConfig, "create_timing_cache", create_timing_cache)
+    caplog.clear()
+    _, report, _ = build(timings=timings)
+    assert report.timing_cache_used
+    told = [r for r in caplog.records if said in r.getMessage() and r.levelno >= logging.INFO]
+    assert [(r.name, r.levelno) for r in told] == [("d2_trt.builder", logging.INFO)]
+
+    fail_with(monkeypatch, trt, ("ERROR", "another reason"))
+    with pytest.raises(BuildError) as error:
+        build(timings=timings)
+    assert "another reason" in str(error.value) and said not in str(error.value)
+    assert [r.levelno for r in caplog.records if r.getMessage() == "another reason"] == [logging.ERROR]
+
+
+def test_kernels_that_messages_tell_of_are_counted(trt, monkeypatch, caplog):  # noqa: F811
+    build_network = trt.Builder.build_serialized_network
+
+    def build_serialized_network(self, network, config):
+        for _ in range(3):
+            self.logger.log(trt.ILogger.Severity.VERBOSE, "--- Timing Runner: backbone:0:CONVOLUTION (Cask)")
+        return build_network(self, network, config)
+
+    monkeypatch.setattr(trt.Builder, "build_serialized_network", build_serialized_network, raising=False)
+    _, report, _ = build()
+    assert report.kernels_timed == 3
+    told = "3 kernels were timed anew, without an earlier build's timings" in caplog.messages
+    assert told == (report.new_timings is None)
+
+
 def test_timings_combine_only_with_their_own_kind(trt):  # noqa: F811
     _, _, timings = build()
     if not compat.timing_caches_combine():  # 8.6 crashed on the caches of full-size models
