@@ -36,6 +36,10 @@ _DEFAULTS = {
     "TEST": {
         # Images per batch of evaluation, per process.
         "BATCH_SIZE": 1,
+        # Images of one padded size follow each other, the largest first, where the records tell sizes: batches are padded
+        # less, and engines need not change their shape for each. False: in the data set's order. Predictions of a batch of
+        # one do not depend on it.
+        "GROUP_BY_SIZE": True,
         # Threads of a process that compare results with the truth while the model has the next images. 0: none, each
         # image is compared before the next; -1: its share of the CPUs, at most 8. The figures do not depend on it.
         # Also how many processes compute AP afterwards, at most; there -1 are all CPUs: a job's other processes wait.
@@ -137,8 +141,8 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     Raises:
         TypeError: a value stands where a group of keys (such as MODEL.SWIN) belongs.
 
-    Names and defaults: the official release. Ours: MODEL.BACKEND, TEST.BATCH_SIZE, TEST.EVALUATION_THREADS and, below
-    MODEL.MASK_FORMER.TEST, BOXES_FROM_MASKS, INSTANCE_FORMAT and SEMANTIC_FORMAT.
+    Names and defaults: the official release. Ours: MODEL.BACKEND, TEST.BATCH_SIZE, TEST.GROUP_BY_SIZE,
+    TEST.EVALUATION_THREADS and, below MODEL.MASK_FORMER.TEST, BOXES_FROM_MASKS, INSTANCE_FORMAT and SEMANTIC_FORMAT.
     """
     explain_merges(cfg)
     add_missing(cfg, _DEFAULTS)

@@ -4,8 +4,8 @@ A call runs the model over the images of a data set, waits for the GPU and hands
 detectron2's inference_on_dataset does. `evaluation` has the images in memory, `evaluation_loader` reads and resizes them in
 the data loader's processes meanwhile.
 
-What is fair: both sides have the same images, weights, tasks and batches, detectron2's loop, and their own post-processing
-and evaluators. The time ends when every image has been processed: this project's evaluators work in threads beside the model
+What is fair: both sides have the same images, weights, tasks and batch sizes, detectron2's loop, and their own order of the
+images, post-processing and evaluators. The time ends when every image has been processed: this project's evaluators work in threads beside the model
 (TEST.EVALUATION_THREADS), and what they have not done after the last image is waited for. What `evaluate` does then (AP from
 the instances of all images, files) is in neither time. Nor is the release's comparison of panoptic maps, which it does then;
 this project's does it for each image, in the time.
@@ -55,6 +55,11 @@ class EvaluationCase:
         if not release:
             # As build_test_loader of mask2former.evaluation does: the mapper would read and resize the semantic maps.
             records = [{k: v for k, v in record.items() if k != "sem_seg_file_name"} for record in records]
+            if cfg.TEST.GROUP_BY_SIZE:
+                from mask2former.evaluation.image_sizes import grouped_by_size, recorded_size
+
+                order = grouped_by_size(range(len(records)), [recorded_size(one) for one in records], cfg)
+                records = [records[i] for i in order]
         self._records = records
         self._mapper = DatasetMapper(cfg, False)
         self._inputs = [self._mapper(record) for record in self._records]

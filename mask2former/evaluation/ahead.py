@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import build_augmentation
-from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .image_sizes import padded, resizing
 from .test_loader import build_test_loader
-
-Size = tuple[int, int]
 
 
 class ImagesAhead:
@@ -60,7 +55,7 @@ class ImagesAhead:
 
     def sizes(self, multiple: int) -> Counter[tuple[int, int, int]] | None:
         """How often each (batch, height, width) comes, padded to a multiple; None where the records do not tell."""
-        resized = _resizing(self._cfg)
+        resized = resizing(self._cfg)
         if resized is None:
             return None
         counts: Counter[tuple[int, int, int]] = Counter()
@@ -70,30 +65,10 @@ class ImagesAhead:
                 sizes = [loader.record_sizes[i] for i in batch]
                 if None in sizes:
                     return None
-                largest = map(max, zip(*(resized(size) for size in sizes)))
-                counts[(len(batch), *(-(-n // multiple) * multiple for n in largest))] += 1
+                counts[(len(batch), *padded(map(resized, sizes), multiple))] += 1
         return counts
 
     def _loader(self, name: str) -> DataLoader:
         if name not in self._loaders:
             self._loaders[name] = build_test_loader(self._cfg, name)
         return self._loaders[name]
-
-
-def _resizing(cfg: CfgNode) -> Callable[[Size], Size] | None:
-    """(height, width) of an image -> what the test loader makes of it; None where that is left to chance, or not known."""
-    augmentations = build_augmentation(cfg, is_train=False)
-    for one in augmentations:
-        if type(one) is not ResizeShortestEdge or one.is_range or len(set(one.short_edge_length)) != 1:
-            return None
-
-    @functools.cache
-    def resized(size: Size) -> Size:
-        for one in augmentations:
-            # It looks at the shape alone; this array takes no memory.
-            transform = one.get_transform(np.broadcast_to(np.uint8(0), (*size, 3)))
-            if isinstance(transform, ResizeTransform):
-                size = (int(transform.new_h), int(transform.new_w))
-        return size
-
-    return resized

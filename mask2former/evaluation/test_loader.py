@@ -12,16 +12,18 @@ from torch.utils.data import BatchSampler, DataLoader
 from ..data.errors import AnnotationError, naming
 from ..data.records import load_records
 from ..data.workers import worker_context
+from .image_sizes import grouped_by_size, recorded_size
 
 
 def build_test_loader(
     cfg: CfgNode, dataset_name: str, mapper: Callable[[dict], dict] | None = None
 ) -> DataLoader:
-    """Loader of a data set's images, each exactly once over all ranks, in the data set's order within a rank.
+    """Loader of a data set's images, each exactly once over all ranks.
 
     Args:
         cfg: TEST.BATCH_SIZE images make a batch of one rank (the last one may be smaller);
-            DATALOADER.NUM_WORKERS processes load them.
+            DATALOADER.NUM_WORKERS processes load them. With TEST.GROUP_BY_SIZE a rank has its images in the order of
+            grouped_by_size, unless a mapper is given; else in the data set's.
         mapper: turns a dict of the data set into a model input; by default detectron2's DatasetMapper.
 
     Returns:
@@ -35,13 +37,16 @@ def build_test_loader(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"TEST.BATCH_SIZE must be a positive integer, got {batch_size!r}")
     records = load_records([dataset_name], filter_empty=False)
+    sizes = [recorded_size(record) for record in records]
+    sampler = InferenceSampler(len(records))
     if mapper is None:
+        if cfg.TEST.GROUP_BY_SIZE:
+            sampler = grouped_by_size(sampler, sizes, cfg)
         mapper = DatasetMapper(cfg, False)
         # It would read and resize the semantic maps, which the evaluators read themselves.
         records = [{k: v for k, v in record.items() if k != "sem_seg_file_name"} for record in records]
     kept = DatasetFromList(records, copy=False)
     dataset = MapDataset(kept, _NamingMapper(mapper))
-    sampler = InferenceSampler(len(dataset))
     loader = _TestLoader(
         dataset,
         batch_sampler=BatchSampler(sampler, batch_size, drop_last=False),
@@ -50,10 +55,7 @@ def build_test_loader(
         collate_fn=_as_list,
     )
     loader.records = kept
-    loader.record_sizes = [
-        (record["height"], record["width"]) if "height" in record and "width" in record else None
-        for record in records
-    ]
+    loader.record_sizes = sizes
     return loader
 
 

@@ -62,6 +62,7 @@ def test_sizes_are_not_told_where_records_or_the_config_do_not(cfg, pictures):
 
 
 def test_examples_come_from_all_over_the_data_set_as_the_loader_gives_them(cfg, pictures):
+    cfg.TEST.GROUP_BY_SIZE = False
     ahead = ImagesAhead(cfg, [pictures("ahead_examples")])
     examples = ahead.examples(3)
     assert [int(image.max()) // 20 for image in examples] == [0, 2, 4]

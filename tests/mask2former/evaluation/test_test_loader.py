@@ -1,8 +1,8 @@
-"""Batches at test time: every image once, in order, for any batch size and number of processes."""
+"""Batches at test time: every image once, in one of two orders, for any batch size and number of processes."""
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, groupby
 
 import pytest
 from detectron2.data import DatasetCatalog, samplers
@@ -12,6 +12,12 @@ from mask2former.evaluation import build_test_loader
 
 def ids_of(loader) -> list[list[int]]:
     return [[image["image_id"] for image in batch] for batch in loader]
+
+
+@pytest.fixture
+def cfg(cfg):
+    cfg.TEST.GROUP_BY_SIZE = False
+    return cfg
 
 
 @pytest.fixture
@@ -68,3 +74,57 @@ def test_batch_size_must_be_a_positive_integer(cfg, shapes, batch_size):
     cfg.TEST.BATCH_SIZE = batch_size
     with pytest.raises(ValueError, match=r"TEST\.BATCH_SIZE must be a positive integer"):
         build_test_loader(cfg, f"{shapes}_val_panoptic")
+
+
+def padded_sizes(loader) -> list[list[tuple[int, ...]]]:
+    return [
+        [tuple(-(-n // 32) * 32 for n in image["image"].shape[1:]) for image in batch] for batch in loader
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_images_of_one_padded_size_follow_each_other(cfg, shapes, all_ids, batch_size):
+    cfg.merge_from_list(["TEST.GROUP_BY_SIZE", True, "TEST.BATCH_SIZE", batch_size])
+    loader = build_test_loader(cfg, f"{shapes}_val_panoptic")
+    assert sorted(chain.from_iterable(ids_of(loader))) == sorted(all_ids)
+    sizes = list(chain.from_iterable(padded_sizes(loader)))
+    assert len({size for size, _ in groupby(sizes)}) == len(list(groupby(sizes))) == len(set(sizes)) > 2
+    areas = [height * width for height, width in sizes]
+    assert areas == sorted(areas, reverse=True)
+    ids = dict(zip(chain.from_iterable(ids_of(loader)), sizes))
+    for size in set(sizes):  # in the data set's order among themselves
+        own = [i for i in ids if ids[i] == size]
+        assert own == [i for i in all_ids if i in own]
+
+
+def test_grouped_batches_are_padded_less(cfg, shapes):
+    cfg.TEST.BATCH_SIZE = 4
+    pixels = []
+    for grouped in (False, True):
+        cfg.TEST.GROUP_BY_SIZE = grouped
+        batches = padded_sizes(build_test_loader(cfg, f"{shapes}_val_panoptic"))
+        pixels.append(
+            sum(len(batch) * max(h for h, _ in batch) * max(w for _, w in batch) for batch in batches)
+        )
+    assert pixels[1] < pixels[0]
+
+
+def test_ranks_have_the_same_images_grouped_or_not(cfg, shapes, monkeypatch):
+    comm = samplers.distributed_sampler.comm
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        own = []
+        for grouped in (False, True):
+            cfg.TEST.GROUP_BY_SIZE = grouped
+            own.append(list(chain.from_iterable(ids_of(build_test_loader(cfg, f"{shapes}_val_panoptic")))))
+        assert own[0] != own[1] and sorted(own[0]) == sorted(own[1])
+
+
+def test_sizes_that_are_left_to_chance_leave_the_data_sets_order(cfg, shapes, all_ids):
+    cfg.TEST.GROUP_BY_SIZE, cfg.INPUT.MIN_SIZE_TEST = True, (64, 96)
+    assert list(chain.from_iterable(ids_of(build_test_loader(cfg, f"{shapes}_val_panoptic")))) == all_ids
+    cfg.INPUT.MIN_SIZE_TEST = 64
+    mapper = lambda record: record  # noqa: E731
+    loader = build_test_loader(cfg, f"{shapes}_val_panoptic", mapper=mapper)
+    assert list(chain.from_iterable(ids_of(loader))) == all_ids
