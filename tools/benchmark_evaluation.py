@@ -5,10 +5,10 @@ detectron2's inference_on_dataset does. `evaluation` has the images in memory, `
 the data loader's processes meanwhile.
 
 What is fair: both sides have the same images, weights, tasks and batch sizes, detectron2's loop, and their own order of the
-images, post-processing and evaluators. The time ends when every image has been processed: this project's evaluators work in threads beside the model
-(TEST.EVALUATION_THREADS), and what they have not done after the last image is waited for. What `evaluate` does then (AP from
-the instances of all images, files) is in neither time. Nor is the release's comparison of panoptic maps, which it does then;
-this project's does it for each image, in the time.
+images, post-processing and evaluators. The time ends when every image has been processed: this project's evaluators work in
+threads beside the model (TEST.EVALUATION_THREADS), and what they have not done after the last image is waited for. What
+`evaluate` does then (AP from the instances of all images, files) is in neither time. Nor is the release's comparison of
+panoptic maps, which it does then; this project's does it for each image, in the time.
 """
 
 from __future__ import annotations
