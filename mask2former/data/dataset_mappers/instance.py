@@ -10,7 +10,7 @@ from detectron2.data import transforms as T
 from pycocotools import mask as mask_util
 
 from ..annotations import check_run_length_code, polygon_points
-from .base import LargeScaleJitterMapper, TrainMapper, resize_and_crop
+from .base import LargeScaleJitterMapper, Segments, TrainMapper, resize_and_crop
 
 
 def transform_mask(
@@ -118,7 +118,7 @@ class _InstanceMapper(TrainMapper):
                 classes.append(annotation["category_id"])
                 masks.append(mask)
         stacked = np.stack(masks) if masks else np.zeros((0, *new_size), dtype=bool)
-        return classes, torch.from_numpy(stacked)
+        return Segments(classes, torch.from_numpy(stacked))
 
 
 class MaskFormerInstanceDatasetMapper(_InstanceMapper):
