@@ -20,6 +20,9 @@ from .base import (
     resize_and_crop,
 )
 
+# Of which ids with three equal channels are multiples.
+_GREY = 1 + 256 + 65536
+
 
 class _PanopticMapper(TrainMapper):
     def _segments(self, record, size, transforms, inputs):
@@ -39,6 +42,10 @@ class _PanopticMapper(TrainMapper):
         for place, segment in enumerate(record["segments_info"]):
             check_segment(segment, place, seen)
         segments = [s for s in record["segments_info"] if not s.get("iscrowd", 0)]
+        if any(s["id"] % _GREY == 0 for s in segments):
+            # Padding is a shade of grey (0, or 255 in detectron2 from 2022 on), and so are these segments.
+            inside = transforms.apply_segmentation(np.ones(size, dtype=np.uint8)) == 1
+            ids = np.where(inside, ids, -1)
         masks = _masks(ids, segments)
         lost: set[int] = set()
         if not masks.any((1, 2)).all():
