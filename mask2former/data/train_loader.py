@@ -141,7 +141,9 @@ class TrainLoader:
         waiting: dict[bool, list[int]] = {True: [], False: []}
         for place in places:
             if place not in upright:
-                height, width = self.shape_of(self.records[place])
+                record = self.records[place]
+                with naming(record, "trained on"):
+                    height, width = self.shape_of(record)
                 upright[place] = height >= width
             group = waiting[upright[place]]
             group.append(place)

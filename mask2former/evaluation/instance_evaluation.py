@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
@@ -49,9 +49,18 @@ class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
 
         Raises:
             AnnotationError: the JSON, or an annotation in it, is not what pycocotools reads, which would fail without a name
-                or count something else.
+                or count something else; or there is neither a JSON nor a record with annotations.
         """
         path = MetadataCatalog.get(dataset_name).get("json_file")
+        if not path and (
+            # detectron2 makes a JSON of the records only where the metadata does not have the field.
+            hasattr(MetadataCatalog.get(dataset_name), "json_file")
+            or not any("annotations" in record for record in DatasetCatalog.get(dataset_name))
+        ):
+            raise AnnotationError(
+                f"{dataset_name} has no instances (json_file of its metadata, in COCO's form), which AP is computed with. "
+                "Register them, or, for a panoptic data set, set MODEL.MASK_FORMER.TEST.INSTANCE_ON False"
+            )
         try:
             super().__init__(
                 dataset_name,

@@ -344,3 +344,18 @@ def test_instances_of_a_panoptic_set_are_not_needed(tmp_path):
         json_file=str(tmp_path / "absent.json"),
     )
     check_train_sets(make_cfg("DATASETS.TRAIN", (name,)))
+
+
+@pytest.mark.parametrize("content", [None, b"no image"])
+def test_image_whose_size_cannot_be_read_is_named(tmp_path, content):
+    """Where records do not tell sizes, batches of upright images are made of the files' headers."""
+    record = dict(DatasetCatalog.get(f"{PREFIX}_train_panoptic")[0])
+    del record["height"], record["width"]
+    record["file_name"] = str(tmp_path / "image.png")
+    if content is not None:
+        (tmp_path / "image.png").write_bytes(content)
+    name = f"{PREFIX}_header_{content is None}"
+    DatasetCatalog.register(name, lambda: [record])
+    words = ["DATASETS.TRAIN", (name,), "INPUT.DATASET_MAPPER_NAME", "mask_former_panoptic"]
+    with pytest.raises(AnnotationError, match=r"image.png \(image_id 1\) cannot be trained on: "):
+        batches(build_train_loader(make_cfg(*words)), 1)

@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.structures import Boxes, Instances
 
+from mask2former.data.errors import AnnotationError
 from mask2former.evaluation import (
     InstanceSegEvaluator,
     PanopticEvaluator,
@@ -267,6 +268,34 @@ def test_unknown_evaluator_type_lists_the_known_ones(cfg):
         ValueError, match=r"'pascal', known are ade20k_panoptic_seg, .*coco_panoptic_seg.*sem_seg"
     ):
         build_evaluator(cfg, name)
+
+
+@pytest.mark.parametrize(
+    "lacking, how, task, message",
+    [
+        ("sem_seg_file_name", "left_out", "SEMANTIC_ON", "no semantic maps .*sem_seg_file_name"),
+        ("json_file", "left_out", "INSTANCE_ON", "no instances .*json_file"),
+        ("json_file", "none", "INSTANCE_ON", "no instances .*json_file"),
+    ],
+)
+def test_truth_that_a_panoptic_data_set_lacks_is_named(cfg, shapes, lacking, how, task, message):
+    """As data sets of detectron2's register_coco_panoptic, which have no semantic maps, under COCO's config."""
+    name = f"{shapes}_without_{lacking}_{how}"
+    records, metadata = (
+        DatasetCatalog.get(f"{shapes}_val_panoptic"),
+        MetadataCatalog.get(f"{shapes}_val_panoptic"),
+    )
+    for fields in records if lacking == "sem_seg_file_name" else ():
+        del fields[lacking]
+    fields = {k: v for k, v in metadata.as_dict().items() if k not in ("name", lacking)}
+    if how == "none":
+        fields[lacking] = None
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).set(**fields)
+    with pytest.raises(AnnotationError, match=f"{name} .*{message}.*MODEL.MASK_FORMER.TEST.{task} False"):
+        build_evaluator(cfg, name)
+    cfg.MODEL.MASK_FORMER.TEST[task] = False
+    assert len(build_evaluator(cfg, name)._evaluators) == 2
 
 
 def test_unregistered_data_set_is_named(cfg):
