@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 
@@ -12,11 +13,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.structures import Boxes, Instances
 
+from mask2former.data.datasets.shapes import register_shapes
 from mask2former.data.errors import AnnotationError
 from mask2former.evaluation import (
     InstanceSegEvaluator,
     PanopticEvaluator,
     build_evaluator,
+    check_evaluators,
     check_test_sets,
     evaluate_model,
     instance_evaluation,
@@ -257,6 +260,30 @@ def test_task_that_the_data_set_needs_must_be_on(cfg, shapes, kind, task):
     cfg.MODEL.MASK_FORMER.TEST[task] = False
     with pytest.raises(ValueError, match=rf"MODEL.MASK_FORMER.TEST.{task} True"):
         build_evaluator(cfg, f"{shapes}_val_{kind}")
+    cfg.DATASETS.TEST = (f"{shapes}_val_{kind}",)
+    with pytest.raises(ValueError, match=rf"MODEL.MASK_FORMER.TEST.{task} True"):
+        check_evaluators(cfg)
+
+
+def test_evaluators_are_checked_without_reading_a_file(cfg, tmp_path):
+    name = "evaltest_absent"
+    register_shapes(str(tmp_path / "absent"), name)
+    cfg.DATASETS.TEST = tuple(f"{name}_val_{kind}" for kind in ("panoptic", "instance", "sem_seg"))
+    check_evaluators(cfg)
+    cfg.TEST.EVALUATION_THREADS = -2
+    with pytest.raises(ValueError, match=r"TEST\.EVALUATION_THREADS is -2"):
+        check_evaluators(cfg)
+
+
+@pytest.mark.parametrize("kind, package", [("lvis", "lvis"), ("cityscapes_instance", "cityscapesscripts")])
+def test_packages_of_evaluators_are_asked_for(cfg, monkeypatch, kind, package):
+    name = f"evaltest_type_{kind}"
+    DatasetCatalog.register(name, list)
+    MetadataCatalog.get(name).evaluator_type = kind
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    cfg.DATASETS.TEST = (name,)
+    with pytest.raises(ImportError, match=f"{name} needs .*pip install {package}"):
+        check_evaluators(cfg)
 
 
 def test_unknown_evaluator_type_lists_the_known_ones(cfg):
