@@ -75,6 +75,7 @@ class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
                 check_instances(path, read_json(path), evaluated=True)
             raise AnnotationError(f"{path or dataset_name} cannot be evaluated on: {error!r}") from error
         self._name = dataset_name
+        self._path = path or "the JSON made of its records"
         self._max_processes = max_processes
         if path:
             check_instances(path, self._coco_api.dataset, evaluated=True)
@@ -109,8 +110,16 @@ class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
 
         Raises:
             ValueError: a predicted class is not a thing of the data set.
+            AnnotationError: instances of an image that the JSON does not have.
         """
         if "instances" in fetched:
+            known = self._coco_api.imgs
+            if self._do_evaluation and len(fetched["instances"]) and image["image_id"] not in known:
+                # COCO.loadRes would say so after the last image, and not of which.
+                raise AnnotationError(
+                    f"image {image['image_id']!r} of {self._name} is not in {self._path}, which AP is computed with; "
+                    f"allowed: its {len(known)} images, with ids such as {next(iter(known), None)!r}"
+                )
             instances = self._with_closed_up_classes(fetched["instances"], image["image_id"])
             fetched = {**fetched, "instances": instances}
         return super().examine(image, fetched)

@@ -6,9 +6,10 @@ import itertools
 import json
 import logging
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 from detectron2.data import MetadataCatalog
@@ -264,6 +265,7 @@ class PanopticEvaluator(PerImageMixin, DatasetEvaluator):
     def _write_to(self, output_dir: str, predictions: list[dict]) -> None:
         folder = os.path.join(output_dir, "panoptic_predictions")
         PathManager.mkdirs(folder)
+        predictions = _with_own_names(predictions)
         for prediction in predictions:
             with PathManager.open(os.path.join(folder, prediction["file_name"]), "wb") as f:
                 f.write(prediction["png"])
@@ -271,6 +273,19 @@ class PanopticEvaluator(PerImageMixin, DatasetEvaluator):
         content["annotations"] = [{k: v for k, v in p.items() if k != "png"} for p in predictions]
         with PathManager.open(os.path.join(output_dir, "predictions.json"), "w") as f:
             json.dump(content, f, default=_plain_number)
+
+
+def _with_own_names(predictions: list[dict]) -> list[dict]:
+    """Predictions of which no two have one file: images of one name, in several folders, get their ids beside it."""
+    count = Counter(prediction["file_name"] for prediction in predictions)
+
+    def own(prediction: dict) -> str:
+        name = prediction["file_name"]
+        if count[name] == 1:
+            return name
+        return f"{name.removesuffix('.png')}-{quote(str(prediction['image_id']), safe='')}.png"
+
+    return [{**prediction, "file_name": own(prediction)} for prediction in predictions]
 
 
 def _plain_number(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -368,3 +369,45 @@ def test_written_maps_hold_the_predicted_ids(shapes, records, make_oracle, tmp_p
     record = records[0]
     written = read_panoptic_png(tmp_path / "panoptic_predictions" / record["file_name"].rsplit("/", 1)[1])
     np.testing.assert_array_equal(written, np.roll(read_panoptic_png(record["pan_seg_file_name"]), 1, axis=1))
+
+
+def test_images_of_one_name_in_several_folders_keep_a_map_each(shapes, records, make_oracle, tmp_path):
+    folders = [{**r, "file_name": f"{tmp_path}/clip{i}/0001.jpg"} for i, r in enumerate(records[:3])]
+    folders += records[3:]
+    evaluator = PanopticEvaluator(f"{shapes}_val_panoptic", str(tmp_path), distributed=False)
+    evaluator.process(inputs_of(folders), make_oracle(shift=1)(records))
+    expected = evaluator.evaluate()["panoptic_seg"]["PQ"]
+    written = json.loads((tmp_path / "predictions.json").read_text())["annotations"]
+    assert len({one["file_name"] for one in written}) == len(records)
+    metadata = MetadataCatalog.get(f"{shapes}_val_panoptic")
+    alone = pq_compute(
+        metadata.panoptic_json,
+        str(tmp_path / "predictions.json"),
+        metadata.panoptic_root,
+        str(tmp_path / "panoptic_predictions"),
+    )
+    assert 100 * alone["All"]["pq"] == expected
+
+
+def test_instances_of_an_image_that_the_truth_lacks_are_told_at_once(
+    shapes, records, make_oracle, instance_json, tmp_path
+):
+    """pycocotools would say so without a name, after the last image."""
+    content = json.loads(Path(instance_json).read_text())
+    lost = records[2]["image_id"]
+    content["images"] = [image for image in content["images"] if image["id"] != lost]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != lost]
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(content))
+    known = MetadataCatalog.get(f"{shapes}_val_instance").thing_dataset_id_to_contiguous_id
+    MetadataCatalog.get("evaltest_lost").set(json_file=str(path), thing_dataset_id_to_contiguous_id=known)
+    evaluator = InstanceSegEvaluator("evaltest_lost", distributed=False)
+    evaluator.reset()
+    outputs = make_oracle()(records)
+    evaluator.process(inputs_of(records[:2]), outputs[:2])
+    with pytest.raises(AnnotationError, match=rf"image {lost} .* not in .*instances.json.*ids such as \d+"):
+        evaluator.process(inputs_of(records[2:3]), outputs[2:3])
+    # pycocotools does not ask for images without predictions.
+    outputs[2]["instances"] = outputs[2]["instances"][:0]
+    evaluator.process(inputs_of(records[2:]), outputs[2:])
+    assert evaluator.evaluate()["segm"]["AP"] == pytest.approx(100.0, abs=0.01)
