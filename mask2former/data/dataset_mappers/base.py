@@ -15,6 +15,8 @@ from detectron2.structures import Instances
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..depth import check_depth
+
 # Grey, with which the release pads images here. (The model pads batches with the pixel mean.)
 PAD_VALUE = 128
 # Fields of a record that tell of segments; the model gets "instances" instead.
@@ -97,10 +99,12 @@ class TrainMapper(ABC):
             int64 and gt_masks (N, H, W) bool; where segments were left out since their map does not show them, also UNDRAWN.
 
         Raises:
-            ValueError: annotations that are missing or damaged, or of classes that the model does not have.
+            ValueError: annotations that are missing or damaged, or of classes that the model does not have; an image of more
+                than 8 bits.
             detectron2's SizeMismatchError: the image is not of the size that the record says.
         """
         result = {key: value for key, value in record.items() if key not in _ANNOTATION_KEYS}
+        check_depth(record["file_name"])
         image = detection_utils.read_image(record["file_name"], format=self.image_format)
         detection_utils.check_image_size(result, image)
         inputs = T.AugInput(image, sem_seg=self._semantic_map(record, image.shape[:2]))

@@ -359,3 +359,13 @@ def test_image_whose_size_cannot_be_read_is_named(tmp_path, content):
     words = ["DATASETS.TRAIN", (name,), "INPUT.DATASET_MAPPER_NAME", "mask_former_panoptic"]
     with pytest.raises(AnnotationError, match=r"image.png \(image_id 1\) cannot be trained on: "):
         batches(build_train_loader(make_cfg(*words)), 1)
+
+
+def test_more_than_8_bits_are_refused(tmp_path):
+    """Pillow makes 255 of all that is above: an image of 16 bits would be white."""
+    record = dict(DatasetCatalog.get(f"{PREFIX}_train_panoptic")[0])
+    record["file_name"] = str(tmp_path / "deep.png")
+    Image.fromarray(np.full((record["height"], record["width"]), 700, np.uint16)).save(tmp_path / "deep.png")
+    DatasetCatalog.register(f"{PREFIX}_deep", lambda: [record])
+    with pytest.raises(AnnotationError, match=r"deep.png \(image_id 1\) .* up to 700; allowed: 8 bits"):
+        batches(build_train_loader(make_cfg("DATASETS.TRAIN", (f"{PREFIX}_deep",))), 1)
