@@ -80,7 +80,15 @@ class PanopticEvaluator(PerImageMixin, DatasetEvaluator):
         self._categories = {c["id"]: c for c in self._gt["categories"]}
         check_panoptic(path, self._gt.get("annotations", []))
         # The files of a test split name images only.
-        self._annotations = {a["image_id"]: a for a in self._gt.get("annotations", [])}
+        self._annotations: dict[Any, dict] = {}
+        for annotation in self._gt.get("annotations", []):
+            image_id = annotation["image_id"]
+            if image_id in self._annotations:
+                raise AnnotationError(
+                    f"{path}: image {image_id!r} ({annotation['file_name']}) is annotated twice; allowed: one annotation "
+                    "with all of an image's segments"
+                )
+            self._annotations[image_id] = annotation
         for image_id, annotation in self._annotations.items():
             unknown = {s["category_id"] for s in annotation["segments_info"]} - set(self._categories)
             if unknown:

@@ -190,6 +190,17 @@ def test_categories_are_checked_before_the_first_image(register, change, message
         PanopticEvaluator(f"{prefix}_val_panoptic")
 
 
+def test_image_that_is_annotated_twice_is_named(register):
+    """One of the two would count, and the image's instances twice."""
+    prefix = register(
+        lambda content: content["annotations"].append({**content["annotations"][2], "segments_info": []})
+    )
+    with pytest.raises(
+        AnnotationError, match=r"panoptic_val.json: image 1000003 \(.*png\) .*allowed: one annotation"
+    ):
+        PanopticEvaluator(f"{prefix}_val_panoptic")
+
+
 def test_map_in_a_palette_is_read(register, evaluate, tmp_path):
     """Tools that make PNGs smaller store up to 256 colours as a palette; training reads it too."""
     prefix = register(lambda content: None)
