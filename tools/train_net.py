@@ -31,7 +31,12 @@ from mask2former.data import build_train_mapper, check_train_sets
 from mask2former.data.errors import AnnotationError
 from mask2former.engine import Trainer, torch_training_cfg
 from mask2former.engine.checkpoint import CheckpointError, NamingCheckpointer
-from mask2former.evaluation import check_test_sets, evaluate_model, with_evaluation_formats
+from mask2former.evaluation import (
+    check_evaluators,
+    check_test_sets,
+    evaluate_model,
+    with_evaluation_formats,
+)
 
 EPILOG = """
 Examples:
@@ -125,10 +130,11 @@ def load_config(args: argparse.Namespace) -> CfgNode:
             check_test_sets(cfg)
         else:
             check_training(cfg, args)
+        check_evaluators(cfg)
         backend = "tensorrt" if runs_tensorrt(cfg) else cfg.MODEL.BACKEND
         settle_backend(backend, cfg)
         check_backend(backend, cfg)
-    except (FileNotFoundError, KeyError, ValueError, BackendError) as error:
+    except (FileNotFoundError, KeyError, ValueError, ImportError, BackendError) as error:
         # str() of a KeyError is in quotes.
         raise UsageError(error.args[0] if isinstance(error, KeyError) else error) from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():

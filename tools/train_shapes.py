@@ -102,7 +102,7 @@ def draw(images: int, val: int | None, resume: bool) -> None:
         resume: the training images that are there stay, since the training began with them.
 
     Raises:
-        ValueError, FileExistsError: it cannot be drawn, or with `resume` another one is there.
+        ValueError, OSError: it cannot be drawn, or with `resume` another one is there.
     """
     root = shapes_root()
     found = drawn_images(root)
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--time-limit {args.time_limit:g}: must be a positive number of seconds")
         train_net.check_gpus(args.num_gpus)
         draw(args.images, args.val, args.resume)
-    except (train_net.UsageError, ValueError, FileExistsError) as error:
+    except (train_net.UsageError, ValueError, OSError) as error:
         print(f"train_shapes.py: {error}", file=sys.stderr)
         return 2
     used = time.monotonic() - start

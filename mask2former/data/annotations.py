@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .errors import AnnotationError
+from .errors import AnnotationError, read_json
 
 # Segment ids are the colours of a PNG: R + 256 G + 65536 B.
 ID_RANGE = 256**3
@@ -120,6 +120,42 @@ def check_segment(segment: Any, place: int, seen: set[int]) -> None:
     seen.add(number)
 
 
+def check_categories(path: str, content: Mapping[str, Any]) -> None:
+    """Check the categories of a JSON in COCO's panoptic form, which PQ is computed with.
+
+    Raises:
+        AnnotationError: one is not what it may be; names the JSON and the category.
+    """
+    categories = content.get("categories")
+    if not isinstance(categories, list):
+        raise AnnotationError(f"{path}: categories is {_told(content, 'categories')}; allowed: a list")
+    for place, category in enumerate(categories):
+        wrong = None
+        if not isinstance(category, Mapping):
+            wrong = f"is {str(category)[:80]}; allowed: an object with id and isthing"
+        elif not _whole(category.get("id")):
+            wrong = f"({category.get('name')!r}): its id is {_told(category, 'id')}; allowed: a whole number"
+        elif category.get("isthing") not in (0, 1):
+            wrong = (
+                f"({category.get('name')!r}): its isthing is {_told(category, 'isthing')}; allowed: 0 or 1"
+            )
+        if wrong:
+            raise AnnotationError(f"{path}: categories[{place}] {wrong}")
+
+
+def read_panoptic_json(path: str) -> dict[str, Any]:
+    """The content of a JSON in COCO's panoptic form, of which nothing is checked but that it is an object.
+
+    Raises:
+        FileNotFoundError: there is none.
+        AnnotationError: it is something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, Mapping):
+        raise AnnotationError(f"{path} is {str(content)[:80]!r}; allowed: an object in COCO's panoptic form")
+    return content
+
+
 def check_panoptic(path: str, annotations: Any) -> None:
     """Check the annotations of a JSON in COCO's panoptic form.
 
@@ -152,11 +188,37 @@ def check_panoptic(path: str, annotations: Any) -> None:
             raise AnnotationError(f"{where}: {error}") from error
 
 
-def undrawn(ids: np.ndarray, segments: Iterable[Mapping[str, Any]]) -> list[int]:
-    """Ids of segments that a map (H, W) has no pixel of, but for those that say so with an area of 0."""
+def drawn_pixels(ids: np.ndarray) -> dict[int, int]:
+    """How many pixels of a map (H, W) each of its ids has."""
     flat = ids.ravel()
-    present = set(flat[:1].tolist()) | set(flat[1:][flat[1:] != flat[:-1]].tolist())
-    return [s["id"] for s in segments if s["id"] not in present and s.get("area") != 0]
+    if not flat.size:
+        return {}
+    # Rows are long runs of one id: they are fewer than the pixels by far.
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    values, places = np.unique(flat[starts], return_inverse=True)
+    pixels = np.bincount(places.ravel(), weights=np.diff(starts, append=flat.size))
+    return dict(zip(values.tolist(), pixels.astype(np.int64).tolist()))
+
+
+def undrawn(path: str, pixels: Mapping[int, int], segments: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Ids of segments that a map has no pixel of.
+
+    Args:
+        path: of the map, for messages.
+        pixels: the map's `drawn_pixels`.
+        segments: all that are listed for the image.
+
+    Raises:
+        ValueError: the map shows none of them, but others. It is another image's then, or it is coded otherwise.
+    """
+    lost = [s["id"] for s in segments if s["id"] not in pixels]
+    others = sorted(set(pixels) - {0})
+    if others and len(lost) == len(segments) and any(s.get("area") != 0 for s in segments):
+        raise ValueError(
+            f"the panoptic map {path} has none of the segments {lost[:5]} that are listed for it, but {others[:5]}; "
+            "allowed: a map of these ids, as the colours R + 256 G + 65536 B = id"
+        )
+    return lost
 
 
 def check_instances(path: str, content: Any, *, evaluated: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import logging
 import math
 import pickle
 import random
@@ -22,10 +23,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .dataset_mappers import build_train_mapper
+from .dataset_mappers.base import UNDRAWN
 from .datasets.catalog import require_paths, require_registered
 from .errors import AnnotationError, naming
 from .records import load_records
 from .workers import worker_context
+
+logger = logging.getLogger(__name__)
 
 # Fields of metadata that name files or directories. json_file of a panoptic data set is not read in training.
 _PATHS = ("image_root", "image_dir", "gt_dir", "json_file", "panoptic_root", "panoptic_json", "sem_seg_root")
@@ -55,7 +59,8 @@ class TrainLoader:
     The random numbers of an image's augmentation follow from the seed and the image's place in the stream alone, so that
     batches depend neither on the number of workers nor on where the stream was entered: a resumed job sees what it would
     have seen. Nothing is read before the first batch is asked for; until then `seed` and `start_batch` can be set.
-    A record that cannot be used ends the stream with an AnnotationError.
+    A record that cannot be used ends the stream with an AnnotationError. Segments that a panoptic map does not show are left
+    out, with a warning at the first image, the tenth, the hundredth and so on that has such.
     """
 
     def __init__(
@@ -84,6 +89,8 @@ class TrainLoader:
         self.seed = seed
         self.shape_of = shape_of
         self.start_batch = 0
+        # By file names of the images, how many of their segments their map does not show.
+        self._undrawn: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[list[dict]]:
         places = self._grouped(iter(self.make_sampler(self.seed)))
@@ -103,7 +110,27 @@ class TrainLoader:
                 batch = batch_from_bytes(batch)
             if isinstance(batch, AnnotationError):
                 raise batch
+            for one in batch:
+                if (found := one.pop(UNDRAWN, None)) is not None:
+                    self._tell_undrawn(one, found)
             yield batch
+
+    def _tell_undrawn(self, image: dict, found: dict) -> None:
+        """Here and not in the mapper: each worker would count its own images."""
+        if image["file_name"] in self._undrawn:
+            return
+        self._undrawn[image["file_name"]] = len(found["ids"])
+        images = len(self._undrawn)
+        if images != 10 ** (len(str(images)) - 1):
+            return
+        segments = sum(self._undrawn.values())
+        number = f" (image_id {image['image_id']!r})" if "image_id" in image else ""
+        logger.warning(
+            "%s%s: its panoptic map %s has no pixel of the segments %s that are listed for it. Such are left out: %d "
+            "segment%s of %d image%s so far",
+            *(image["file_name"], number, found["map"], found["ids"][:5]),
+            *(segments, "s"[: segments != 1], images, "s"[: images != 1]),
+        )
 
     def _grouped(self, places: Iterator[int]) -> Iterator[int]:
         """The stream in the order of its batches."""
@@ -114,7 +141,9 @@ class TrainLoader:
         waiting: dict[bool, list[int]] = {True: [], False: []}
         for place in places:
             if place not in upright:
-                height, width = self.shape_of(self.records[place])
+                record = self.records[place]
+                with naming(record, "trained on"):
+                    height, width = self.shape_of(record)
                 upright[place] = height >= width
             group = waiting[upright[place]]
             group.append(place)

@@ -1,6 +1,6 @@
 """Evaluators for AP, PQ and mIoU, and the loop that runs them."""
 
-from .build import build_evaluator, check_test_sets
+from .build import build_evaluator, check_evaluators, check_test_sets
 from .formats import with_evaluation_formats
 from .inference import describe_backend, evaluate_model, save_results
 from .instance_evaluation import InstanceSegEvaluator
@@ -15,6 +15,7 @@ __all__ = [
     "PanopticEvaluator",
     "build_evaluator",
     "build_test_loader",
+    "check_evaluators",
     "check_test_sets",
     "describe_backend",
     "evaluate_model",

@@ -11,7 +11,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
 from ..data.datasets.catalog import require_paths, require_registered
-from .cityscapes import build_cityscapes_evaluator
+from .cityscapes import build_cityscapes_evaluator, require_scripts
 from .formats import LVISSegEvaluator, SemSegEvaluator
 from .instance_evaluation import InstanceSegEvaluator
 from .overlapped import OverlappedEvaluators, PerImageMixin, number_of_threads
@@ -22,9 +22,13 @@ def _semantic(name: str, folder: str) -> DatasetEvaluator:
     return SemSegEvaluator(name, distributed=True, output_dir=folder)
 
 
-def _lvis(name: str, folder: str) -> DatasetEvaluator:
+def _require_lvis(name: str) -> None:
     if importlib.util.find_spec("lvis") is None:
         raise ImportError(f"evaluating {name} needs LVIS's API: pip install lvis")
+
+
+def _lvis(name: str, folder: str) -> DatasetEvaluator:
+    _require_lvis(name)
     return LVISSegEvaluator(name, output_dir=folder)
 
 
@@ -65,6 +69,12 @@ _EVALUATORS: dict[str, tuple[tuple[str | None, Callable[[str, str], DatasetEvalu
         ("INSTANCE_ON", _cityscapes_instance),
     ),
 }
+# What raises ImportError where an evaluator's package is missing.
+_REQUIRE = {
+    _lvis: _require_lvis,
+    _cityscapes_semantic: require_scripts,
+    _cityscapes_instance: require_scripts,
+}
 # Fields of metadata that name files or directories.
 _PATHS = ("image_root", "image_dir", "gt_dir", "json_file", "panoptic_root", "panoptic_json", "sem_seg_root")
 # What an evaluator reads of the model's output: the task that must be on for it.
@@ -98,6 +108,19 @@ def check_test_sets(cfg: CfgNode) -> None:
         require_paths(name, needed)
 
 
+def check_evaluators(cfg: CfgNode) -> None:
+    """Fail early where a data set of DATASETS.TEST has no evaluator under this config, without reading a file.
+
+    Raises:
+        KeyError, ValueError, ImportError: as `build_evaluator`.
+    """
+    number_of_threads(cfg.TEST.EVALUATION_THREADS)
+    for name in cfg.DATASETS.TEST:
+        for make in _chosen(cfg, name):
+            if make in _REQUIRE:
+                _REQUIRE[make](name)
+
+
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
     """The evaluator of a data set: PQ, AP, mIoU, as its evaluator_type and MODEL.MASK_FORMER.TEST.*_ON say.
 
@@ -115,6 +138,22 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
             TEST.EVALUATION_THREADS is below -1.
         ImportError: a package that its evaluator needs is missing.
     """
+    makers = _chosen(cfg, dataset_name)
+    threads = number_of_threads(cfg.TEST.EVALUATION_THREADS)
+    folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+    evaluators = [
+        InstanceSegEvaluator(dataset_name, folder, max_processes=cfg.TEST.EVALUATION_THREADS)
+        if make is InstanceSegEvaluator
+        else make(dataset_name, folder)
+        for make in makers
+    ]
+    if any(isinstance(evaluator, PerImageMixin) for evaluator in evaluators):
+        return OverlappedEvaluators(evaluators, threads)
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+def _chosen(cfg: CfgNode, dataset_name: str) -> list[Callable[[str, str], DatasetEvaluator]]:
+    """What makes the evaluators of a data set, at least one; raises KeyError and ValueError as `build_evaluator`."""
     require_registered(dataset_name, "DATASETS.TEST")
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if evaluator_type not in _EVALUATORS:
@@ -128,18 +167,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         raise ValueError(
             f"{dataset_name} (evaluator_type {evaluator_type!r}) needs MODEL.MASK_FORMER.TEST.{needed} True"
         )
-    threads = number_of_threads(cfg.TEST.EVALUATION_THREADS)
-    folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-    evaluators = [
-        InstanceSegEvaluator(dataset_name, folder, max_processes=cfg.TEST.EVALUATION_THREADS)
-        if make is InstanceSegEvaluator
-        else make(dataset_name, folder)
-        for task, make in _EVALUATORS[evaluator_type]
-        if task is None or tasks[task]
-    ]
-    if not evaluators:
+    makers = [make for task, make in _EVALUATORS[evaluator_type] if task is None or tasks[task]]
+    if not makers:
         choices = ", ".join(f"MODEL.MASK_FORMER.TEST.{task}" for task, _ in _EVALUATORS[evaluator_type])
         raise ValueError(f"nothing to evaluate on {dataset_name}: set at least one of {choices} to True")
-    if any(isinstance(evaluator, PerImageMixin) for evaluator in evaluators):
-        return OverlappedEvaluators(evaluators, threads)
-    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+    return makers

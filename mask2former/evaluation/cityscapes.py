@@ -28,12 +28,10 @@ class _InstanceEvaluator(DecodingMixin, CityscapesInstanceEvaluator):
 _KINDS = {"sem_seg": _SemSegEvaluator, "instance": _InstanceEvaluator}
 
 
-def build_cityscapes_evaluator(kind: str, dataset_name: str) -> DatasetEvaluator:
-    """mIoU ("sem_seg") or AP ("instance") with Cityscapes' own scripts.
-
+def require_scripts(dataset_name: str) -> None:
+    """
     Raises:
         ImportError: cityscapesscripts is not installed.
-        RuntimeError: there are several machines; the ranks share a temporary directory.
     """
     if importlib.util.find_spec("cityscapesscripts") is None:
         raise ImportError(
@@ -41,6 +39,16 @@ def build_cityscapes_evaluator(kind: str, dataset_name: str) -> DatasetEvaluator
             "Without them, only PQ is evaluated: MODEL.MASK_FORMER.TEST.SEMANTIC_ON False "
             "MODEL.MASK_FORMER.TEST.INSTANCE_ON False"
         )
+
+
+def build_cityscapes_evaluator(kind: str, dataset_name: str) -> DatasetEvaluator:
+    """mIoU ("sem_seg") or AP ("instance") with Cityscapes' own scripts.
+
+    Raises:
+        ImportError: cityscapesscripts is not installed.
+        RuntimeError: there are several machines; the ranks share a temporary directory.
+    """
+    require_scripts(dataset_name)
     if comm.get_world_size() != comm.get_local_size():
         raise RuntimeError("Cityscapes' evaluators run on one machine only: use --num-machines 1")
     _alias_internal_path()

@@ -18,7 +18,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch import Tensor
 
-from ..data.errors import naming
+from ..data.errors import AnnotationError, naming
 from ..rle import encode_labels
 from .overlapped import HostCopies, PerImageMixin
 from .panoptic_quality import pair_runs
@@ -122,6 +122,24 @@ class SemSegEvaluator(WholeFilesMixin, PerImageMixin, _SemSegEvaluator):
     Results and files are SemSegEvaluator's. It counts runs of pixels where detectron2 counts pixels, and encodes the
     masks of all classes at once.
     """
+
+    def __init__(self, dataset_name: str, *args, **kwargs):
+        """
+        Args:
+            args, kwargs: SemSegEvaluator's.
+
+        Raises:
+            AnnotationError: the data set has no semantic maps.
+        """
+        try:
+            super().__init__(dataset_name, *args, **kwargs)
+        except KeyError as error:
+            if error.args != ("sem_seg_file_name",):
+                raise
+            raise AnnotationError(
+                f"{dataset_name} has no semantic maps (records without sem_seg_file_name), which mIoU is computed with. "
+                "Register them, or, for a panoptic data set, set MODEL.MASK_FORMER.TEST.SEMANTIC_ON False"
+            ) from error
 
     def fetch(self, output: Mapping[str, Any], copies: HostCopies) -> Tensor:
         labels = output["sem_seg_labels"] if "sem_seg_labels" in output else output["sem_seg"].argmax(dim=0)

@@ -18,7 +18,8 @@ _USUAL_DIVISIBILITY = 32
 
 def recorded_size(record: dict) -> Size | None:
     """(height, width) of a record's image, or None where it does not tell."""
-    return (record["height"], record["width"]) if "height" in record and "width" in record else None
+    height, width = record.get("height"), record.get("width")
+    return (height, width) if height and width else None
 
 
 def resizing(cfg: CfgNode) -> Callable[[Size], Size] | None:

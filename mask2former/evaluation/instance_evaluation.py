@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
@@ -49,9 +49,18 @@ class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
 
         Raises:
             AnnotationError: the JSON, or an annotation in it, is not what pycocotools reads, which would fail without a name
-                or count something else.
+                or count something else; or there is neither a JSON nor a record with annotations.
         """
         path = MetadataCatalog.get(dataset_name).get("json_file")
+        if not path and (
+            # detectron2 makes a JSON of the records only where the metadata does not have the field.
+            hasattr(MetadataCatalog.get(dataset_name), "json_file")
+            or not any("annotations" in record for record in DatasetCatalog.get(dataset_name))
+        ):
+            raise AnnotationError(
+                f"{dataset_name} has no instances (json_file of its metadata, in COCO's form), which AP is computed with. "
+                "Register them, or, for a panoptic data set, set MODEL.MASK_FORMER.TEST.INSTANCE_ON False"
+            )
         try:
             super().__init__(
                 dataset_name,
@@ -66,6 +75,7 @@ class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
                 check_instances(path, read_json(path), evaluated=True)
             raise AnnotationError(f"{path or dataset_name} cannot be evaluated on: {error!r}") from error
         self._name = dataset_name
+        self._path = path or "the JSON made of its records"
         self._max_processes = max_processes
         if path:
             check_instances(path, self._coco_api.dataset, evaluated=True)
@@ -100,8 +110,16 @@ class InstanceSegEvaluator(WholeFilesMixin, RLEMixin, COCOEvaluator):
 
         Raises:
             ValueError: a predicted class is not a thing of the data set.
+            AnnotationError: instances of an image that the JSON does not have.
         """
         if "instances" in fetched:
+            known = self._coco_api.imgs
+            if self._do_evaluation and len(fetched["instances"]) and image["image_id"] not in known:
+                # COCO.loadRes would say so after the last image, and not of which.
+                raise AnnotationError(
+                    f"image {image['image_id']!r} of {self._name} is not in {self._path}, which AP is computed with; "
+                    f"allowed: its {len(known)} images, with ids such as {next(iter(known), None)!r}"
+                )
             instances = self._with_closed_up_classes(fetched["instances"], image["image_id"])
             fetched = {**fetched, "instances": instances}
         return super().examine(image, fetched)

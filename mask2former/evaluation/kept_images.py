@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import shutil
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -194,10 +195,10 @@ def fingerprint(cfg: CfgNode, model: nn.Module, records: dict[str, Sequence[dict
             node = node[parent]
         del node[name]
     add([cfg.dump(), type(model).__qualname__, torch.__version__, detectron2.__version__])
-    package = Path(__file__).parents[1]
-    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".so")):
-        add(str(path.relative_to(package)))
-        found.update(path.read_bytes())
+    for package in dict.fromkeys((Path(__file__).parents[1], _package_of(getattr(model, "backend", None)))):
+        for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".so")) if package else ():
+            add(str(path.relative_to(package)))
+            found.update(path.read_bytes())
     devices = set()
     for name, tensor in model.state_dict().items():
         devices.add(torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else "cpu")
@@ -216,6 +217,13 @@ def fingerprint(cfg: CfgNode, model: nn.Module, records: dict[str, Sequence[dict
             folders.sort()
             add([_stat(os.path.join(parent, file)) for file in sorted(files)])
     return found.hexdigest()
+
+
+def _package_of(runner: Any) -> Path | None:
+    """The folder of the package that the class of what runs the network is from; None where that is in none."""
+    package = sys.modules.get(type(runner).__module__.partition(".")[0])
+    paths = getattr(package, "__path__", ())
+    return Path(next(iter(paths))) if paths else None
 
 
 def _images(records: dict[str, Sequence[dict]]) -> Iterable[str]:

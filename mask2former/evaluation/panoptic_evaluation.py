@@ -6,9 +6,10 @@ import itertools
 import json
 import logging
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 from detectron2.data import MetadataCatalog
@@ -18,13 +19,27 @@ from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 from torch import Tensor
 
-from ..data.annotations import check_panoptic, undrawn
-from ..data.errors import AnnotationError, naming, read_json
+from ..data.annotations import (
+    check_categories,
+    check_panoptic,
+    drawn_pixels,
+    read_panoptic_json,
+    undrawn,
+)
+from ..data.errors import AnnotationError, naming
 from .overlapped import HostCopies, PerImageMixin
 from .panoptic_quality import PQStat, check_all_predicted, match_segments, panoptic_png, read_panoptic_png
 from .whole_files import whole_files
 
 logger = logging.getLogger(__name__)
+
+
+class _Compared(NamedTuple):
+    """An image's counts, and which segments of its truth its map does not show, or shows with other areas."""
+
+    stat: PQStat
+    undrawn: list[int]
+    other_areas: list[int]
 
 
 class PanopticEvaluator(PerImageMixin, DatasetEvaluator):
@@ -33,6 +48,9 @@ class PanopticEvaluator(PerImageMixin, DatasetEvaluator):
     Each image is compared as it comes, on the rank that it is on; ranks exchange counts, not maps. With an
     output directory, the main process writes `predictions.json` and `panoptic_predictions/*.png` there, in
     COCO's panoptic form.
+
+    As by panopticapi, a true segment that its map does not show counts as not found, and areas are those of the JSON. Both
+    are told at the end.
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None, distributed: bool = True):
@@ -57,11 +75,20 @@ class PanopticEvaluator(PerImageMixin, DatasetEvaluator):
                 f"panoptic ground truth of {dataset_name} is missing: {path}. Set DETECTRON2_DATASETS to the "
                 "directory of the data sets, or make it (for shapes: python tools/make_shapes_dataset.py)"
             )
-        self._gt = read_json(path)
+        self._gt = read_panoptic_json(path)
+        check_categories(path, self._gt)
         self._categories = {c["id"]: c for c in self._gt["categories"]}
         check_panoptic(path, self._gt.get("annotations", []))
         # The files of a test split name images only.
-        self._annotations = {a["image_id"]: a for a in self._gt.get("annotations", [])}
+        self._annotations: dict[Any, dict] = {}
+        for annotation in self._gt.get("annotations", []):
+            image_id = annotation["image_id"]
+            if image_id in self._annotations:
+                raise AnnotationError(
+                    f"{path}: image {image_id!r} ({annotation['file_name']}) is annotated twice; allowed: one annotation "
+                    "with all of an image's segments"
+                )
+            self._annotations[image_id] = annotation
         for image_id, annotation in self._annotations.items():
             unknown = {s["category_id"] for s in annotation["segments_info"]} - set(self._categories)
             if unknown:
@@ -72,7 +99,7 @@ class PanopticEvaluator(PerImageMixin, DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        self._stats: dict[Any, PQStat] = {}
+        self._stats: dict[Any, _Compared] = {}
         self._predictions: list[dict] = []
 
     def fetch(self, output: Mapping[str, Any], copies: HostCopies) -> tuple:
@@ -84,7 +111,7 @@ class PanopticEvaluator(PerImageMixin, DatasetEvaluator):
         ids, segments = output["panoptic_seg"]
         return copies.start(ids), segments
 
-    def examine(self, image: Mapping[str, Any], fetched: tuple) -> tuple[Any, PQStat | None, dict | None]:
+    def examine(self, image: Mapping[str, Any], fetched: tuple) -> tuple[Any, _Compared | None, dict | None]:
         """
         Args:
             image: with "image_id" and "file_name".
@@ -94,17 +121,17 @@ class PanopticEvaluator(PerImageMixin, DatasetEvaluator):
         """
         image_id = image["image_id"]
         ids, segments = self._unpack(fetched, image_id)
-        stat = self._compare(image_id, ids, segments) if self._annotations else None
+        compared = self._compare(image_id, ids, segments) if self._annotations else None
         if self._output_dir is None:
-            return image_id, stat, None
+            return image_id, compared, None
         name = os.path.splitext(os.path.basename(image["file_name"]))[0] + ".png"
         prediction = {"image_id": image_id, "file_name": name, "segments_info": segments}
-        return image_id, stat, {**prediction, "png": panoptic_png(ids)}
+        return image_id, compared, {**prediction, "png": panoptic_png(ids)}
 
-    def add(self, examined: tuple[Any, PQStat | None, dict | None]) -> None:
-        image_id, stat, prediction = examined
-        if stat is not None:
-            self._stats[image_id] = stat
+    def add(self, examined: tuple[Any, _Compared | None, dict | None]) -> None:
+        image_id, compared, prediction = examined
+        if compared is not None:
+            self._stats[image_id] = compared
         if prediction is not None:
             self._predictions.append(prediction)
 
@@ -130,7 +157,8 @@ class PanopticEvaluator(PerImageMixin, DatasetEvaluator):
         total = PQStat()
         # In the annotations' order, so that sums do not depend on the number of ranks.
         for image_id in self._annotations:
-            total += stats[image_id]
+            total += stats[image_id].stat
+        self._warn(stats)
         results = total.results(self._categories)
         _log_table(results)
         row = OrderedDict()
@@ -168,7 +196,7 @@ class PanopticEvaluator(PerImageMixin, DatasetEvaluator):
             )
         return {**rest, "category_id": known[segment["category_id"]]}
 
-    def _compare(self, image_id: Any, ids: np.ndarray, segments: list[dict]) -> PQStat:
+    def _compare(self, image_id: Any, ids: np.ndarray, segments: list[dict]) -> _Compared:
         annotation = self._annotations.get(image_id)
         if annotation is None:
             raise ValueError(f"image {image_id!r} is not in {self._metadata.panoptic_json}")
@@ -180,21 +208,55 @@ class PanopticEvaluator(PerImageMixin, DatasetEvaluator):
                 f"{path} (image_id {image_id!r}) is {gt_ids.shape[0]}x{gt_ids.shape[1]} (height x width), the prediction "
                 f"for its image {ids.shape[0]}x{ids.shape[1]}"
             )
-        if missing := undrawn(gt_ids, annotation["segments_info"]):
-            raise AnnotationError(
-                f"{path} (image_id {image_id!r}) has no pixel of the segments {missing[:5]} that "
-                f"{self._metadata.panoptic_json} lists; allowed: ids of the map, or an area of 0"
-            )
-        return match_segments(gt_ids, annotation["segments_info"], ids, segments, self._categories, image_id)
+        truth = annotation["segments_info"]
+        pixels = drawn_pixels(gt_ids)
+        with naming({"file_name": path, "image_id": image_id}, "evaluated on"):
+            lost = set(undrawn(path, pixels, truth))
+        stat = match_segments(gt_ids, truth, ids, segments, self._categories, image_id)
+        # A crowd is neither found nor missed, whatever its area.
+        told = [s for s in truth if not s.get("iscrowd", 0)]
+        return _Compared(
+            stat,
+            [s["id"] for s in told if s["id"] in lost and s.get("area") != 0],
+            [
+                s["id"]
+                for s in told
+                if s["id"] in pixels and "area" in s and int(s["area"]) != pixels[s["id"]]
+            ],
+        )
 
-    def _gathered(self) -> tuple[dict[Any, PQStat] | None, list[dict]]:
+    def _warn(self, stats: Mapping[Any, _Compared]) -> None:
+        """Tell of a truth that does not fit itself."""
+        for what, meaning in (
+            ("undrawn", "have no pixel in their maps: they count as not found, as in panopticapi"),
+            (
+                "other_areas",
+                "have another area in the JSON than pixels in their maps: PQ is computed with the JSON's, as in "
+                "panopticapi, and is wrong where these are",
+            ),
+        ):
+            found = {
+                image_id: ids for image_id in self._annotations if (ids := getattr(stats[image_id], what))
+            }
+            if not found:
+                continue
+            segments, images = sum(map(len, found.values())), len(found)
+            first, ids = next(iter(found.items()))
+            logger.warning(
+                "%s: %d segment%s of %d image%s, such as %s of %s (image_id %r), %s",
+                self._metadata.panoptic_json,
+                *(segments, "s"[: segments != 1], images, "s"[: images != 1]),
+                *(ids[:5], self._annotations[first]["file_name"], first, meaning),
+            )
+
+    def _gathered(self) -> tuple[dict[Any, _Compared] | None, list[dict]]:
         if not self._distributed:
             return self._stats, self._predictions
         comm.synchronize()
         everyone = comm.gather((self._stats, self._predictions))
         if not comm.is_main_process():
             return None, []
-        stats: dict[Any, PQStat] = {}
+        stats: dict[Any, _Compared] = {}
         for part, _ in everyone:
             stats.update(part)
         return stats, list(itertools.chain.from_iterable(predictions for _, predictions in everyone))
@@ -211,6 +273,7 @@ class PanopticEvaluator(PerImageMixin, DatasetEvaluator):
     def _write_to(self, output_dir: str, predictions: list[dict]) -> None:
         folder = os.path.join(output_dir, "panoptic_predictions")
         PathManager.mkdirs(folder)
+        predictions = _with_own_names(predictions)
         for prediction in predictions:
             with PathManager.open(os.path.join(folder, prediction["file_name"]), "wb") as f:
                 f.write(prediction["png"])
@@ -218,6 +281,19 @@ class PanopticEvaluator(PerImageMixin, DatasetEvaluator):
         content["annotations"] = [{k: v for k, v in p.items() if k != "png"} for p in predictions]
         with PathManager.open(os.path.join(output_dir, "predictions.json"), "w") as f:
             json.dump(content, f, default=_plain_number)
+
+
+def _with_own_names(predictions: list[dict]) -> list[dict]:
+    """Predictions of which no two have one file: images of one name, in several folders, get their ids beside it."""
+    count = Counter(prediction["file_name"] for prediction in predictions)
+
+    def own(prediction: dict) -> str:
+        name = prediction["file_name"]
+        if count[name] == 1:
+            return name
+        return f"{name.removesuffix('.png')}-{quote(str(prediction['image_id']), safe='')}.png"
+
+    return [{**prediction, "file_name": own(prediction)} for prediction in predictions]
 
 
 def _plain_number(value: Any) -> Any:

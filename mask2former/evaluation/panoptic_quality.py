@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..data.errors import AnnotationError
+
 VOID = 0
 _ID_RANGE = 256**3
 _GROUPS = (("All", None), ("Things", 1), ("Stuff", 0))
@@ -128,6 +130,7 @@ def match_segments(
     Raises:
         ValueError: the maps differ in size, or a prediction's ids and segments do not belong together, or a
             category of it is unknown.
+        AnnotationError: a true segment's area is far below its pixels.
     """
     where = f"image {image_id}"
     if gt_ids.shape != pred_ids.shape:
@@ -155,6 +158,11 @@ def match_segments(
         if gt_category[gt_id] != pred_category[pred_id]:
             continue
         union = pred_area[pred_id] + gt_area[gt_id] - intersection - overlap.get((VOID, pred_id), 0)
+        if union <= 0:
+            raise AnnotationError(
+                f"{where}: the true segment {gt_id} has an area of {gt_area[gt_id]} in the JSON, but {gt_pixels[gt_id]} "
+                "pixels in its map; allowed: its number of pixels"
+            )
         iou = intersection / union
         if iou > 0.5:
             stat.add(gt_category[gt_id], iou=iou, tp=1)
@@ -227,6 +235,8 @@ def _check_range(ids: np.ndarray) -> None:
 def read_panoptic_png(file) -> np.ndarray:
     """(H, W) int32 segment ids of a COCO panoptic PNG, given as a path or an open file."""
     with Image.open(file) as image:
+        if image.mode == "P":  # colours in a table, as tools that make PNGs smaller write them
+            image = image.convert("RGB")
         if image.mode != "RGB":
             return rgb_to_ids(np.asarray(image))
         # R, G, B and a byte of padding are the bytes of an id already.

@@ -9,6 +9,7 @@ from detectron2.data import DatasetFromList, DatasetMapper, MapDataset
 from detectron2.data.samplers import InferenceSampler
 from torch.utils.data import BatchSampler, DataLoader
 
+from ..data.depth import check_depth
 from ..data.errors import AnnotationError, naming
 from ..data.records import load_records
 from ..data.workers import worker_context
@@ -42,7 +43,7 @@ def build_test_loader(
     if mapper is None:
         if cfg.TEST.GROUP_BY_SIZE:
             sampler = grouped_by_size(sampler, sizes, cfg)
-        mapper = DatasetMapper(cfg, False)
+        mapper = _Mapper(cfg, False)
         # It would read and resize the semantic maps, which the evaluators read themselves.
         records = [{k: v for k, v in record.items() if k != "sem_seg_file_name"} for record in records]
     kept = DatasetFromList(records, copy=False)
@@ -57,6 +58,14 @@ def build_test_loader(
     loader.records = kept
     loader.record_sizes = sizes
     return loader
+
+
+class _Mapper(DatasetMapper):
+    """detectron2's, which refuses images that it would spoil."""
+
+    def __call__(self, record: dict) -> dict:
+        check_depth(record["file_name"])
+        return super().__call__(record)
 
 
 class _NamingMapper:

@@ -114,6 +114,19 @@ def test_mistakes_in_training_keys(run, trainable, override, message):
     assert message in run(*TRAIN, *override)
 
 
+@pytest.mark.parametrize("flags", [(), ("--eval-only",)])
+def test_evaluation_that_could_not_be_is_told_before_training(run, trainable, monkeypatch, flags):
+    """Training would come to it with its first evaluation, after thousands of iterations."""
+    words = [*flags, *TRAIN, "DATASETS.TEST", "('shapes_val_instance',)"]
+    assert "MODEL.MASK_FORMER.TEST.INSTANCE_ON True" in run(
+        *words, "MODEL.MASK_FORMER.TEST.INSTANCE_ON", "False"
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    assert "pip install cityscapesscripts" in run(
+        *flags, *TRAIN, "DATASETS.TEST", "('cityscapes_fine_instance_seg_val',)"
+    )
+
+
 def test_time_limit_that_is_none(run):
     for seconds in ("0", "-3", "nan"):
         assert "must be a positive number of seconds" in run("--time-limit", seconds, *TRAIN)

@@ -92,6 +92,14 @@ def test_data_that_cannot_be_drawn_stops_it(calls, capsys, monkeypatch):
     assert "each split needs at least one image" in capsys.readouterr().err and calls == []
 
 
+def test_folder_that_cannot_be_written_to_ends_in_one_message(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "file"))
+    assert train_shapes.main(["--model", "small", "--images", "1"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("train_shapes.py: ") and str(tmp_path / "file") in message
+
+
 @pytest.mark.parametrize("seconds", ["0", "-5", "nan"])
 def test_time_limit_that_is_none_is_refused_before_drawing(calls, capsys, seconds):
     assert train_shapes.main(["--model", "small", "--time-limit", seconds]) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,24 @@ from detectron2.structures import Instances
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..depth import check_depth
+
 # Grey, with which the release pads images here. (The model pads batches with the pixel mean.)
 PAD_VALUE = 128
 # Fields of a record that tell of segments; the model gets "instances" instead.
 _ANNOTATION_KEYS = ("annotations", "segments_info", "pan_seg_file_name", "sem_seg_file_name")
+
+
+# What a mapped record tells of segments that its map does not show, for the loader: {"map": file, "ids": [...]}.
+UNDRAWN = "undrawn_segments"
+
+
+class Segments(NamedTuple):
+    """Segments of an image after augmentation."""
+
+    classes: Sequence[int]  # (N,) contiguous ids
+    masks: Tensor  # (N, H, W) bool
+    undrawn: Sequence[int] = ()  # ids of those that were left out since no pixel of the image is theirs
 
 
 class TrainMapper(ABC):
@@ -82,18 +96,20 @@ class TrainMapper(ABC):
 
         Returns:
             the record without its annotations, with "image" (3, H, W) uint8 and "instances", which have gt_classes (N,)
-            int64 and gt_masks (N, H, W) bool.
+            int64 and gt_masks (N, H, W) bool; where segments were left out since their map does not show them, also UNDRAWN.
 
         Raises:
-            ValueError: annotations that are missing or damaged, or of classes that the model does not have.
+            ValueError: annotations that are missing or damaged, or of classes that the model does not have; an image of more
+                than 8 bits.
             detectron2's SizeMismatchError: the image is not of the size that the record says.
         """
         result = {key: value for key, value in record.items() if key not in _ANNOTATION_KEYS}
+        check_depth(record["file_name"])
         image = detection_utils.read_image(record["file_name"], format=self.image_format)
         detection_utils.check_image_size(result, image)
         inputs = T.AugInput(image, sem_seg=self._semantic_map(record, image.shape[:2]))
         transforms = self.augmentations(inputs)
-        classes, masks = self._segments(record, image.shape[:2], transforms, inputs)
+        classes, masks, lost = self._segments(record, image.shape[:2], transforms, inputs)
         self._check_classes(record, classes)
         # The array may be a view that runs backwards.
         image = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
@@ -103,6 +119,8 @@ class TrainMapper(ABC):
             gt_classes=torch.tensor(classes, dtype=torch.int64),
             gt_masks=masks,
         )
+        if lost:
+            result[UNDRAWN] = {"map": record["pan_seg_file_name"], "ids": list(lost)}
         return result
 
     def _semantic_map(self, record: dict, size: tuple[int, int]) -> np.ndarray | None:
@@ -112,15 +130,12 @@ class TrainMapper(ABC):
     @abstractmethod
     def _segments(
         self, record: dict, size: tuple[int, int], transforms: T.TransformList, inputs: T.AugInput
-    ) -> tuple[Sequence[int], Tensor]:
+    ) -> Segments:
         """Segments of an image after augmentation.
 
         Args:
             size: (height, width) of the image before it.
             inputs: image and semantic map after it.
-
-        Returns:
-            contiguous class ids (N) and masks (N, H, W) bool.
         """
 
     def _check_classes(self, record: dict, classes: Sequence[int]) -> None:

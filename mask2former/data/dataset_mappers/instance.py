@@ -10,7 +10,7 @@ from detectron2.data import transforms as T
 from pycocotools import mask as mask_util
 
 from ..annotations import check_run_length_code, polygon_points
-from .base import LargeScaleJitterMapper, TrainMapper, resize_and_crop
+from .base import LargeScaleJitterMapper, Segments, TrainMapper, resize_and_crop
 
 
 def transform_mask(
@@ -48,14 +48,15 @@ def transform_mask(
             segmentation = mask_util.frPyObjects(segmentation, *size)
         mask = mask_util.decode(segmentation)
     elif isinstance(segmentation, np.ndarray) and segmentation.shape == tuple(size):
-        mask = segmentation.astype(np.uint8)
+        mask = (segmentation != 0).astype(np.uint8)
     else:
         raise ValueError(
             f"a segmentation is a {type(segmentation).__name__}"
             + (f" of shape {segmentation.shape}" if isinstance(segmentation, np.ndarray) else "")
             + f"; expected polygons (a list), a run-length code (a dict), or a mask of the image's size {tuple(size)}"
         )
-    return transforms.apply_segmentation(mask).astype(bool)
+    # Not what is not zero: detectron2 from 2022 on pads segmentations with 255.
+    return transforms.apply_segmentation(mask) == 1
 
 
 def clip_polygon(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -118,7 +119,7 @@ class _InstanceMapper(TrainMapper):
                 classes.append(annotation["category_id"])
                 masks.append(mask)
         stacked = np.stack(masks) if masks else np.zeros((0, *new_size), dtype=bool)
-        return classes, torch.from_numpy(stacked)
+        return Segments(classes, torch.from_numpy(stacked))
 
 
 class MaskFormerInstanceDatasetMapper(_InstanceMapper):

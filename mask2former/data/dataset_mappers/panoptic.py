@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from detectron2.data import detection_utils
 
 from ...evaluation.panoptic_quality import rgb_to_ids
-from ..annotations import check_segment, undrawn
-from .base import LargeScaleJitterMapper, TrainMapper, category_crop, read_semantic_map, resize_and_crop
+from ..annotations import check_segment, drawn_pixels, undrawn
+from .base import (
+    LargeScaleJitterMapper,
+    Segments,
+    TrainMapper,
+    category_crop,
+    read_semantic_map,
+    resize_and_crop,
+)
+
+# Of which ids with three equal channels are multiples.
+_GREY = 1 + 256 + 65536
 
 
 class _PanopticMapper(TrainMapper):
@@ -29,16 +42,28 @@ class _PanopticMapper(TrainMapper):
         for place, segment in enumerate(record["segments_info"]):
             check_segment(segment, place, seen)
         segments = [s for s in record["segments_info"] if not s.get("iscrowd", 0)]
-        wanted = np.array([s["id"] for s in segments], dtype=ids.dtype)
-        masks = ids[None] == wanted[:, None, None]
-        # As in the release, a segment that the crop removed stays, with an empty mask.
-        empty = [s for s, drawn in zip(segments, masks.any((1, 2))) if not drawn]
-        if empty and (missing := undrawn(rgb_to_ids(rgb), empty)):
-            raise ValueError(
-                f"the panoptic map {record['pan_seg_file_name']} has no pixel of the segments {missing[:5]}; allowed: ids "
-                "of the map, or an area of 0"
-            )
-        return [s["category_id"] for s in segments], torch.from_numpy(masks)
+        if any(s["id"] % _GREY == 0 for s in segments):
+            # Padding is a shade of grey (0, or 255 in detectron2 from 2022 on), and so are these segments.
+            inside = transforms.apply_segmentation(np.ones(size, dtype=np.uint8)) == 1
+            ids = np.where(inside, ids, -1)
+        masks = _masks(ids, segments)
+        lost: set[int] = set()
+        if not masks.any((1, 2)).all():
+            # As in the release, a segment that the crop removed stays, with an empty mask. One that the whole map does not
+            # show, as after images were made smaller, would teach that its class is where nothing is to be seen.
+            pixels = drawn_pixels(rgb_to_ids(rgb))
+            lost = set(undrawn(record["pan_seg_file_name"], pixels, record["segments_info"]))
+        told = [s["id"] for s in segments if s["id"] in lost and s.get("area") != 0]
+        if lost:
+            segments = [s for s in segments if s["id"] not in lost]
+            masks = _masks(ids, segments)
+        return Segments([s["category_id"] for s in segments], torch.from_numpy(masks), told)
+
+
+def _masks(ids: np.ndarray, segments: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """(H, W) ids -> (N, H, W) bool."""
+    wanted = np.array([s["id"] for s in segments], dtype=ids.dtype)
+    return ids[None] == wanted[:, None, None]
 
 
 class MaskFormerPanopticDatasetMapper(_PanopticMapper):

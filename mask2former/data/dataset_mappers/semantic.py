@@ -7,7 +7,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import MetadataCatalog
 
-from .base import TrainMapper, category_crop, read_semantic_map, resize_and_crop
+from .base import Segments, TrainMapper, category_crop, read_semantic_map, resize_and_crop
 
 
 class MaskFormerSemanticDatasetMapper(TrainMapper):
@@ -51,4 +51,4 @@ class MaskFormerSemanticDatasetMapper(TrainMapper):
         labels = inputs.sem_seg.astype(np.int64)
         classes = np.unique(labels)
         classes = classes[classes != self.ignore_label]
-        return classes, torch.from_numpy(labels[None] == classes[:, None, None])
+        return Segments(classes, torch.from_numpy(labels[None] == classes[:, None, None]))

@@ -9,8 +9,8 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from ..annotations import check_panoptic
-from ..errors import AnnotationError, read_json
+from ..annotations import check_panoptic, read_panoptic_json
+from ..errors import AnnotationError
 
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
 
@@ -141,7 +141,7 @@ def load_panoptic(
         AnnotationError: it is damaged, or has a category that the data set does not define.
     """
     require_paths(name, [image_root, panoptic_root, panoptic_json, sem_seg_root])
-    content = read_json(panoptic_json)
+    content = read_panoptic_json(panoptic_json)
     annotations = content.get("annotations")
     if not annotations:
         raise ValueError(f"Data set '{name}': {panoptic_json} lists no annotations.")

@@ -17,8 +17,8 @@ from typing import Any
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
-from ..annotations import check_panoptic
-from ..errors import AnnotationError, read_json
+from ..annotations import check_panoptic, read_panoptic_json
+from ..errors import AnnotationError
 from .catalog import datasets_root, register
 from .shapes_files import SPLITS
 from .shapes_scene import CATEGORIES, THINGS, VOID_LABEL, Scene, draw_scene
@@ -93,7 +93,7 @@ def _register_split(root: str, prefix: str, split: str) -> None:
 
 def _read_json(root: str, path: str) -> dict:
     try:
-        return read_json(path)
+        return read_panoptic_json(path)
     except FileNotFoundError as error:
         raise _missing(root, path) from error
 

@@ -14,7 +14,7 @@ from pycocotools import mask as mask_util
 
 from mask2former import get_mask2former_cfg
 from mask2former.data import build_train_loader
-from mask2former.data.annotations import check_instances, check_panoptic, undrawn
+from mask2former.data.annotations import check_instances, check_panoptic
 from mask2former.data.datasets.shapes import register_shapes
 from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
 from mask2former.data.errors import AnnotationError
@@ -109,10 +109,6 @@ IMAGE = (
             r"\(0000001.png\): segment 1 .*allowed: each id once",
         ),
         (
-            segments(lambda s: s[0].update(id=s[0]["id"] + 5_000_000)),
-            r"images/0000001.png \(image_id 1\) .*panoptic/0000001.png has no pixel of the segments \[5\d+\]; allowed",
-        ),
-        (
             edited(lambda c: c["annotations"][0].update(segments_info=None)),
             r"panoptic_train.json: annotation 0, of image 1 \(0000001.png\), has no segments_info",
         ),
@@ -205,13 +201,6 @@ def test_classes_that_the_model_does_not_have_are_named(load, form):
     """Beyond the losses' table of classes a GPU ends without a message."""
     with pytest.raises(AnnotationError, match=r"\(image_id 1\) .*allowed: 0 \.\. 0.*NUM_CLASSES 1"):
         load(form, lambda path: None, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 1)
-
-
-def test_segments_that_a_map_does_not_show():
-    ids = np.array([[7, 7, 7], [3, 7, 3]])
-    told = [{"id": 3}, {"id": 4}, {"id": 7, "area": 0}, {"id": 8, "area": 0}, {"id": 9, "area": 5}]
-    assert undrawn(ids, told) == [4, 9]
-    assert undrawn(np.zeros((0, 4), int), [{"id": 0}]) == [0]
 
 
 @pytest.mark.parametrize("evaluated", [True, False])

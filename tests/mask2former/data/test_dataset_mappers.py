@@ -311,6 +311,34 @@ def star(centre: tuple[float, float], radius: float) -> list[float]:
     )
 
 
+# What FixedSizeCrop pads segmentations with: detectron2 0.5 and 0.6, and later ones.
+@pytest.mark.parametrize("value", [0, 255])
+def test_padding_belongs_to_no_instance(value):
+    pad = T.TransformList([T.PadTransform(0, 0, 6, 3, 10, 12, seg_pad_value=value)])
+    mask = np.zeros((12, 10), np.uint8, order="F")
+    mask[3:5, 2:9] = 1
+    for segmentation in (mask_util.encode(mask), np.ascontiguousarray(mask)):
+        moved = transform_mask(segmentation, (12, 10), pad, (15, 16))
+        assert np.array_equal(moved, np.pad(mask, ((0, 3), (0, 6))).astype(bool))
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_padding_belongs_to_no_segment(tmp_path, value):
+    """Though a segment may have the id that its colour is."""
+    record = dict(records("panoptic")[0])
+    height, width = record["height"], record["width"]
+    color = 255 * (1 + 256 + 65536) if value else 0
+    segment = {"id": color, "category_id": 1, "isthing": True, "iscrowd": 0}
+    pixels = np.full((height, width, 3), value, np.uint8)
+    pixels[:5] = 7
+    Image.fromarray(pixels).save(tmp_path / "map.png")
+    record.update(pan_seg_file_name=str(tmp_path / "map.png"), segments_info=[segment])
+    pad = T.PadTransform(0, 0, 9, 4, width, height, seg_pad_value=value)
+    mapper = COCOPanopticNewBaselineDatasetMapper(True, augmentations=[pad], image_format="RGB")
+    (mask,) = mapper(record)["instances"].gt_masks.numpy()
+    assert np.array_equal(mask, np.pad(pixels[..., 0] == value, ((0, 4), (0, 9))))
+
+
 def test_polygons_and_run_length_codes_agree():
     size = (60, 80)
     polygons = [star((30, 30), 20), star((60, 20), 11)]

@@ -253,19 +253,15 @@ def test_image_without_segments_and_image_that_is_all_void_come_through(tmp_path
     record = DatasetCatalog.get(f"{PREFIX}_train_panoptic")[0]
     Image.new("RGB", (record["width"], record["height"])).save(tmp_path / "void.png")
     empty = {**record, "segments_info": []}
-    # Segments without a pixel have to say so, or the map is taken for another image's.
-    segments = [{**segment, "area": 0} for segment in record["segments_info"]]
-    void = {**record, "pan_seg_file_name": str(tmp_path / "void.png"), "segments_info": segments}
+    void = {**record, "pan_seg_file_name": str(tmp_path / "void.png")}
     DatasetCatalog.register(f"{PREFIX}_empty", lambda: [empty, void])
     (batch,) = batches(
         build_train_loader(make_cfg("DATASETS.TRAIN", (f"{PREFIX}_empty",), "SOLVER.IMS_PER_BATCH", 2)), 1
     )
-    none, all_void = sorted((x["instances"] for x in batch), key=len)
-    assert (
-        len(none) == 0 and none.gt_masks.shape == (0, *none.image_size) and none.gt_masks.dtype == torch.bool
-    )
-    # As in the release the segments stay, with empty masks.
-    assert len(all_void) > 0 and not all_void.gt_masks.any()
+    assert record["segments_info"] and len(batch) == 2
+    for found in (x["instances"] for x in batch):
+        assert len(found) == 0 and found.gt_masks.shape == (0, *found.image_size)
+        assert found.gt_masks.dtype == torch.bool
 
 
 def test_images_without_instances_are_left_out_as_in_detectron2():
@@ -348,3 +344,28 @@ def test_instances_of_a_panoptic_set_are_not_needed(tmp_path):
         json_file=str(tmp_path / "absent.json"),
     )
     check_train_sets(make_cfg("DATASETS.TRAIN", (name,)))
+
+
+@pytest.mark.parametrize("content", [None, b"no image"])
+def test_image_whose_size_cannot_be_read_is_named(tmp_path, content):
+    """Where records do not tell sizes, batches of upright images are made of the files' headers."""
+    record = dict(DatasetCatalog.get(f"{PREFIX}_train_panoptic")[0])
+    del record["height"], record["width"]
+    record["file_name"] = str(tmp_path / "image.png")
+    if content is not None:
+        (tmp_path / "image.png").write_bytes(content)
+    name = f"{PREFIX}_header_{content is None}"
+    DatasetCatalog.register(name, lambda: [record])
+    words = ["DATASETS.TRAIN", (name,), "INPUT.DATASET_MAPPER_NAME", "mask_former_panoptic"]
+    with pytest.raises(AnnotationError, match=r"image.png \(image_id 1\) cannot be trained on: "):
+        batches(build_train_loader(make_cfg(*words)), 1)
+
+
+def test_more_than_8_bits_are_refused(tmp_path):
+    """Pillow makes 255 of all that is above: an image of 16 bits would be white."""
+    record = dict(DatasetCatalog.get(f"{PREFIX}_train_panoptic")[0])
+    record["file_name"] = str(tmp_path / "deep.png")
+    Image.fromarray(np.full((record["height"], record["width"]), 700, np.uint16)).save(tmp_path / "deep.png")
+    DatasetCatalog.register(f"{PREFIX}_deep", lambda: [record])
+    with pytest.raises(AnnotationError, match=r"deep.png \(image_id 1\) .* up to 700; allowed: 8 bits"):
+        batches(build_train_loader(make_cfg("DATASETS.TRAIN", (f"{PREFIX}_deep",))), 1)

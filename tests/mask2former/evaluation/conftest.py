@@ -102,6 +102,12 @@ class Oracle(nn.Module):
 
 
 @pytest.fixture
+def oracle_of():
+    """Oracle, for the validation images of a prefix."""
+    return Oracle
+
+
+@pytest.fixture
 def make_oracle(shapes):
     return lambda shift=0: Oracle(shapes, shift)
 

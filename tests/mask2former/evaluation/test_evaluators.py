@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +14,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.structures import Boxes, Instances
 
+from mask2former.data.datasets.shapes import register_shapes
+from mask2former.data.errors import AnnotationError
 from mask2former.evaluation import (
     InstanceSegEvaluator,
     PanopticEvaluator,
     build_evaluator,
+    check_evaluators,
     check_test_sets,
     evaluate_model,
     instance_evaluation,
@@ -256,6 +261,30 @@ def test_task_that_the_data_set_needs_must_be_on(cfg, shapes, kind, task):
     cfg.MODEL.MASK_FORMER.TEST[task] = False
     with pytest.raises(ValueError, match=rf"MODEL.MASK_FORMER.TEST.{task} True"):
         build_evaluator(cfg, f"{shapes}_val_{kind}")
+    cfg.DATASETS.TEST = (f"{shapes}_val_{kind}",)
+    with pytest.raises(ValueError, match=rf"MODEL.MASK_FORMER.TEST.{task} True"):
+        check_evaluators(cfg)
+
+
+def test_evaluators_are_checked_without_reading_a_file(cfg, tmp_path):
+    name = "evaltest_absent"
+    register_shapes(str(tmp_path / "absent"), name)
+    cfg.DATASETS.TEST = tuple(f"{name}_val_{kind}" for kind in ("panoptic", "instance", "sem_seg"))
+    check_evaluators(cfg)
+    cfg.TEST.EVALUATION_THREADS = -2
+    with pytest.raises(ValueError, match=r"TEST\.EVALUATION_THREADS is -2"):
+        check_evaluators(cfg)
+
+
+@pytest.mark.parametrize("kind, package", [("lvis", "lvis"), ("cityscapes_instance", "cityscapesscripts")])
+def test_packages_of_evaluators_are_asked_for(cfg, monkeypatch, kind, package):
+    name = f"evaltest_type_{kind}"
+    DatasetCatalog.register(name, list)
+    MetadataCatalog.get(name).evaluator_type = kind
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    cfg.DATASETS.TEST = (name,)
+    with pytest.raises(ImportError, match=f"{name} needs .*pip install {package}"):
+        check_evaluators(cfg)
 
 
 def test_unknown_evaluator_type_lists_the_known_ones(cfg):
@@ -267,6 +296,34 @@ def test_unknown_evaluator_type_lists_the_known_ones(cfg):
         ValueError, match=r"'pascal', known are ade20k_panoptic_seg, .*coco_panoptic_seg.*sem_seg"
     ):
         build_evaluator(cfg, name)
+
+
+@pytest.mark.parametrize(
+    "lacking, how, task, message",
+    [
+        ("sem_seg_file_name", "left_out", "SEMANTIC_ON", "no semantic maps .*sem_seg_file_name"),
+        ("json_file", "left_out", "INSTANCE_ON", "no instances .*json_file"),
+        ("json_file", "none", "INSTANCE_ON", "no instances .*json_file"),
+    ],
+)
+def test_truth_that_a_panoptic_data_set_lacks_is_named(cfg, shapes, lacking, how, task, message):
+    """As data sets of detectron2's register_coco_panoptic, which have no semantic maps, under COCO's config."""
+    name = f"{shapes}_without_{lacking}_{how}"
+    records, metadata = (
+        DatasetCatalog.get(f"{shapes}_val_panoptic"),
+        MetadataCatalog.get(f"{shapes}_val_panoptic"),
+    )
+    for fields in records if lacking == "sem_seg_file_name" else ():
+        del fields[lacking]
+    fields = {k: v for k, v in metadata.as_dict().items() if k not in ("name", lacking)}
+    if how == "none":
+        fields[lacking] = None
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).set(**fields)
+    with pytest.raises(AnnotationError, match=f"{name} .*{message}.*MODEL.MASK_FORMER.TEST.{task} False"):
+        build_evaluator(cfg, name)
+    cfg.MODEL.MASK_FORMER.TEST[task] = False
+    assert len(build_evaluator(cfg, name)._evaluators) == 2
 
 
 def test_unregistered_data_set_is_named(cfg):
@@ -312,3 +369,45 @@ def test_written_maps_hold_the_predicted_ids(shapes, records, make_oracle, tmp_p
     record = records[0]
     written = read_panoptic_png(tmp_path / "panoptic_predictions" / record["file_name"].rsplit("/", 1)[1])
     np.testing.assert_array_equal(written, np.roll(read_panoptic_png(record["pan_seg_file_name"]), 1, axis=1))
+
+
+def test_images_of_one_name_in_several_folders_keep_a_map_each(shapes, records, make_oracle, tmp_path):
+    folders = [{**r, "file_name": f"{tmp_path}/clip{i}/0001.jpg"} for i, r in enumerate(records[:3])]
+    folders += records[3:]
+    evaluator = PanopticEvaluator(f"{shapes}_val_panoptic", str(tmp_path), distributed=False)
+    evaluator.process(inputs_of(folders), make_oracle(shift=1)(records))
+    expected = evaluator.evaluate()["panoptic_seg"]["PQ"]
+    written = json.loads((tmp_path / "predictions.json").read_text())["annotations"]
+    assert len({one["file_name"] for one in written}) == len(records)
+    metadata = MetadataCatalog.get(f"{shapes}_val_panoptic")
+    alone = pq_compute(
+        metadata.panoptic_json,
+        str(tmp_path / "predictions.json"),
+        metadata.panoptic_root,
+        str(tmp_path / "panoptic_predictions"),
+    )
+    assert 100 * alone["All"]["pq"] == expected
+
+
+def test_instances_of_an_image_that_the_truth_lacks_are_told_at_once(
+    shapes, records, make_oracle, instance_json, tmp_path
+):
+    """pycocotools would say so without a name, after the last image."""
+    content = json.loads(Path(instance_json).read_text())
+    lost = records[2]["image_id"]
+    content["images"] = [image for image in content["images"] if image["id"] != lost]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != lost]
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(content))
+    known = MetadataCatalog.get(f"{shapes}_val_instance").thing_dataset_id_to_contiguous_id
+    MetadataCatalog.get("evaltest_lost").set(json_file=str(path), thing_dataset_id_to_contiguous_id=known)
+    evaluator = InstanceSegEvaluator("evaltest_lost", distributed=False)
+    evaluator.reset()
+    outputs = make_oracle()(records)
+    evaluator.process(inputs_of(records[:2]), outputs[:2])
+    with pytest.raises(AnnotationError, match=rf"image {lost} .* not in .*instances.json.*ids such as \d+"):
+        evaluator.process(inputs_of(records[2:3]), outputs[2:3])
+    # pycocotools does not ask for images without predictions.
+    outputs[2]["instances"] = outputs[2]["instances"][:0]
+    evaluator.process(inputs_of(records[2:]), outputs[2:])
+    assert evaluator.evaluate()["segm"]["AP"] == pytest.approx(100.0, abs=0.01)

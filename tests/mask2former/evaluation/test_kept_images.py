@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import shutil
@@ -369,4 +370,18 @@ def test_fingerprint_is_of_the_code(cfg, tmp_path, monkeypatch):
     assert kept_images.fingerprint(cfg, model, {}) == before
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "ap.py").write_text("ap = 1")
+    assert kept_images.fingerprint(cfg, model, {}) != before
+
+
+def test_fingerprint_is_of_the_code_that_runs_the_network(cfg, tmp_path, monkeypatch):
+    (tmp_path / "otherrunner").mkdir()
+    (tmp_path / "otherrunner" / "__init__.py").write_text("")
+    (tmp_path / "otherrunner" / "backend.py").write_text("class Backend:\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = nn.Linear(1, 1)
+    own = kept_images.fingerprint(cfg, model, {})
+    model.backend = importlib.import_module("otherrunner.backend").Backend()
+    before = kept_images.fingerprint(cfg, model, {})
+    assert kept_images.fingerprint(cfg, model, {}) == before != own
+    (tmp_path / "otherrunner" / "kernels.so").write_bytes(b"compiled")
     assert kept_images.fingerprint(cfg, model, {}) != before

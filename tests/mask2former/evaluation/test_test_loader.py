@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from itertools import chain, groupby
 
+import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, samplers
+from PIL import Image
 
+from mask2former.data.errors import AnnotationError
 from mask2former.evaluation import build_test_loader
 
 
@@ -128,3 +131,25 @@ def test_sizes_that_are_left_to_chance_leave_the_data_sets_order(cfg, shapes, al
     mapper = lambda record: record  # noqa: E731
     loader = build_test_loader(cfg, f"{shapes}_val_panoptic", mapper=mapper)
     assert list(chain.from_iterable(ids_of(loader))) == all_ids
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+@pytest.mark.parametrize("highest", [255, 256])
+def test_more_than_8_bits_are_refused_where_they_would_be_cut(cfg, shapes, tmp_path, mode, highest):
+    """Pillow makes 255 of all that is above: an image of 16 bits would be white."""
+    record = dict(DatasetCatalog.get(f"{shapes}_val_panoptic")[0])
+    values = np.full((record["height"], record["width"]), 100)
+    values[3, 4] = highest
+    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    record["file_name"] = str(tmp_path / "deep.tif")
+    Image.fromarray(values.astype(dtype)).save(record["file_name"])
+    name = f"deep_{mode[-1]}_{highest}"
+    DatasetCatalog.register(name, lambda: [record])
+    if highest == 255:
+        ((image,),) = build_test_loader(cfg, name)
+        assert image["image"].float().mean() == pytest.approx(100, abs=1)
+        return
+    with pytest.raises(
+        AnnotationError, match=r"deep.tif \(image_id \d+\) cannot be read: .* up to 256; allowed: 8 bits"
+    ):
+        next(iter(build_test_loader(cfg, name)))
