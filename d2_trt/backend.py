@@ -97,7 +97,9 @@ class TensorRTBackend:
         self._watch = NetworkWatch(model)
         self._source = EngineSource(model, cfg, self.options, self._watch)
         self._network: NetworkDigest | None = None
-        self._stale = self._announced = False
+        # A change of the model is a new object here. The network is known again once it was read after it.
+        self._change, self._known_change = object(), None
+        self._announced = False
         self._unavailable: D2TRTError | None = None
         self._record = RunRecord()
         call_on_load(model, self._notice_load)
@@ -165,10 +167,14 @@ class TensorRTBackend:
     def weights_changed(self) -> None:
         """Tell the backend that the model's weights or modules may be others now; the next call looks."""
         self._announced = True
-        self._stale = True
+        self._notice_load()
 
     def _notice_load(self) -> None:
-        self._stale = True
+        self._change = object()
+
+    @property
+    def _stale(self) -> bool:
+        return self._change is not self._known_change
 
     def entry(self, shapes: ShapeRange, images: Images = None) -> CacheEntry:
         """The cache entry of the engine for a range: its path, bytes and sidecar. Built, checked and kept where missing.
@@ -277,22 +283,19 @@ class TensorRTBackend:
 
     def _refresh(self) -> None:
         """Digest the network where it may have changed; engines of others go. Under the lock."""
-        if self._network is not None and not self._stale:
+        if not self._stale:
             return
-        self._stale = False  # before reading: what is loaded meanwhile makes it stale again
-        try:
-            if self._announced:
-                self._announced = False
-                self._watch.forget()
-            network = self._watch.read()
-            if network != self._network:
-                for where in list(self._loaded):
-                    self._unload(where)
-                self._failures.clear()
-                self._network = network
-        except BaseException:
-            self._stale = True
-            raise
+        change = self._change  # before reading: what is loaded meanwhile is another
+        if self._announced:
+            self._announced = False
+            self._watch.forget()
+        network = self._watch.read()
+        if network != self._network:
+            for where in list(self._loaded):
+                self._unload(where)
+            self._failures.clear()
+            self._network = network
+        self._known_change = change  # last: until here no thread takes an engine without the lock
 
     def _require(self) -> None:
         requirements.require(self._model.device, builds=self.options.cache.mode != "require")
@@ -385,9 +388,9 @@ class TensorRTBackend:
                 logger.warning(
                     "The model changed before its engine was done: one of what it is now is to follow"
                 )
-                self._stale = True
+                self._notice_load()
                 self._refresh()
-        self._network = None  # the next call tries again
+        self._notice_load()  # the next call tries again
         raise BuildError(
             f"the model changed {MAX_TRIES} times while its engine was built. Load weights, and edit the model, before "
             "or after."

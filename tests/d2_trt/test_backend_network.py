@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
 
-from d2_trt import builder
+from d2_trt import builder, cache_key
 from d2_trt.errors import BuildError
 from tests.d2_trt.backend_helpers import TinyModel, entries, equal, images, make_backend
 from tests.d2_trt.backend_helpers import workshop as workshop
@@ -32,6 +33,33 @@ def test_size_built_after_an_unannounced_edit_is_not_kept_as_the_old_weights(wor
     assert equal(backend(images(1, 64, 96)), edited.core(images(1, 64, 96)))
     assert equal(backend(images(1, 64, 64)), edited.core(images(1, 64, 64)))  # nor is what is in memory
     assert equal(make_backend(old, STATIC=True)(images(1, 64, 96)), old.core(images(1, 64, 96)))
+
+
+def test_engine_of_the_old_weights_is_not_run_while_the_new_ones_are_read(workshop, monkeypatch):
+    backend = make_backend(model := TinyModel(0))
+    backend(images())
+    digest, reading, results = cache_key.weights_digest, threading.Event(), []
+    going_on = threading.Event()
+
+    def slow(module):
+        reading.set()
+        assert going_on.wait(10)
+        return digest(module)
+
+    def ask():
+        results.append(backend(images()))
+
+    monkeypatch.setattr(cache_key, "weights_digest", slow)
+    model.load_state_dict(TinyModel(1).state_dict())
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    threads[0].start()
+    assert reading.wait(10)
+    threads[1].start()
+    threads[1].join(0.3)  # time to take what is in memory
+    going_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert len(results) == 2 and all(equal(r, TinyModel(1).core(images())) for r in results)
 
 
 @pytest.mark.parametrize("when", ["before the trace", "after it"])
