@@ -368,6 +368,13 @@ def test_build_does_not_see_the_callers_autocast_and_mode(workshop):
     assert model.training and not workshop.models[1].training
 
 
+def test_parts_of_a_model_keep_the_mode_that_they_are_in(workshop):
+    model = TinyModel().train()
+    model.backbone.eval()  # frozen
+    make_backend(model).prepare()
+    assert model.training and model.head.training and not model.backbone.training
+
+
 def test_progress_is_logged_once_for_build_and_load(workshop, caplog):
     caplog.set_level(logging.INFO, logger="d2_trt")
     make_backend().prepare()
