@@ -245,8 +245,8 @@ class TensorRTBackend:
             if loaded is None:
                 return None
         loaded.used = next(self._clock)
-        if images is not None and not loaded.met_real and not self._meet_real(where, loaded, images):
-            return None
+        if images is not None and not loaded.met_real:
+            return self._meet_real(where, loaded, images)
         return loaded.engine
 
     def _find_or_load(self, where: _Where, images: Images) -> _Loaded | None:
@@ -281,6 +281,10 @@ class TensorRTBackend:
         torch.cuda.synchronize(where[1])  # the engine may be at work
         del self._loaded[where]
 
+    def _look_again(self) -> None:
+        logger.warning("The model changed before its engine was done: one of what it is now is to follow")
+        self._notice_load()
+
     def _refresh(self) -> None:
         """Digest the network where it may have changed; engines of others go. Under the lock."""
         if not self._stale:
@@ -306,36 +310,35 @@ class TensorRTBackend:
             return error
         return explained(error, doing, self._source.limits(shapes), self._model.device)
 
-    def _meet_real(self, where: _Where, loaded: _Loaded, images: Images) -> bool:
+    def _meet_real(self, where: _Where, loaded: _Loaded, images: Images) -> Engine | None:
         """Compare an engine of which only drawn scenes were compared on the first images that come, once.
 
         Returns:
-            False where PyTorch is to run instead. An engine that disagrees with PyTorch is used no more.
+            what is to run; None for PyTorch. An engine that disagrees with PyTorch is used no more.
         """
         with self._lock:
-            try:
-                self._compare_real(where[0], loaded, images)
-            except Exception as error:
-                failure = self._failure(error, "run", where[0])
-                wrong = isinstance(failure, ParityError)  # others may not come again
-                if wrong:
-                    if self._loaded.get(where) is loaded:
+            if self._loaded.get(where) is loaded and not self._stale:
+                try:
+                    self._compare_real(where[0], loaded, images)
+                    return loaded.engine
+                except NetworkChanged:
+                    self._look_again()
+                except Exception as error:
+                    failure = self._failure(error, "run", where[0])
+                    if isinstance(failure, ParityError):  # others may not come again
                         self._unload(where)
-                    self._failures[where] = ParityError(*failure.args)
-                if self.options.on_error != "torch":
-                    if failure is error:
-                        raise
-                    raise failure from error
-                if wrong:
-                    return self._find_or_load(where, images) is not None  # which tells of it
-                self._say_fallback(failure, about=("run", type(failure)))
-                return False
-        return True
+                        self._failures[where] = ParityError(*failure.args)
+                    if self.options.on_error != "torch":
+                        _raise(failure, error)
+                    if not isinstance(failure, ParityError):
+                        self._say_fallback(failure, about=("run", type(failure)))
+                        return None
+            return self._engine(where[0], images)  # of the model as it is now, or what is told of a failure
 
     def _compare_real(self, shapes: ShapeRange, loaded: _Loaded, images: Images) -> None:
         before = loaded.about["parity"]
         if self.options.verify.enabled and not loaded.met_real and not before.get("given_images"):
-            numbers = self._source.compare_given(loaded.engine, shapes, images)
+            numbers = self._source.compare_given(self._network, loaded.engine, shapes, images)
             if numbers is None:
                 return
             loaded.about["parity"] = {
@@ -385,10 +388,7 @@ class TensorRTBackend:
             try:
                 return self._source.obtain(self._network, shapes, images, run)
             except NetworkChanged:
-                logger.warning(
-                    "The model changed before its engine was done: one of what it is now is to follow"
-                )
-                self._notice_load()
+                self._look_again()
                 self._refresh()
         self._notice_load()  # the next call tries again
         raise BuildError(

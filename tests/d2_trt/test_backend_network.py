@@ -94,6 +94,29 @@ def test_model_that_changes_in_every_build_is_an_error_and_keeps_nothing(worksho
     assert equal(backend(images()), model.core(images()))  # it has come to rest
 
 
+def test_edit_before_the_first_real_image_is_told_from_a_wrong_engine(workshop):
+    backend = make_backend(model := TinyModel())
+    backend.prepare()  # compared on drawn scenes alone
+    with torch.no_grad():
+        model.backbone.weight.mul_(-1)
+    assert equal(backend(images()), model.core(images()))
+    assert len(workshop.built) == 2
+
+
+def test_weights_loaded_before_an_engine_meets_its_first_image_count_there(workshop):
+    backend = make_backend(model := TinyModel(0))
+    backend.prepare()
+    meet = backend._meet_real
+
+    def meet_later(*args):
+        backend._meet_real = meet
+        model.load_state_dict(TinyModel(1).state_dict())
+        return meet(*args)
+
+    backend._meet_real = meet_later
+    assert equal(backend(images()), TinyModel(1).core(images()))
+
+
 class Activated(TinyModel):
     """A model with a module, an attribute, a table and a counter of its own in what core() computes."""
 
@@ -151,6 +174,17 @@ def test_what_running_the_model_writes_is_no_other_network(workshop):
     backend(images())
     assert (len(workshop.built), workshop.deserialized) == (1, 1)
     make_backend(Activated(nn.ReLU()))(images())
+    assert len(workshop.built) == 1
+
+
+def test_what_the_first_comparison_with_a_real_image_writes_is_no_other_network(workshop):
+    make_backend(Activated(nn.ReLU())).prepare()
+    backend = make_backend(model := Activated(nn.ReLU()))
+    backend.prepare()
+    backend(images())
+    assert model.table
+    model.load_state_dict(model.state_dict())
+    backend(images())
     assert len(workshop.built) == 1
 
 
