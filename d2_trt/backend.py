@@ -111,6 +111,10 @@ class TensorRTBackend:
             self._unavailable = error
             self._say_fallback(error)
 
+    def __reduce__(self):
+        """A copied or unpickled model has no backend yet, and makes its own when it needs one."""
+        return type(None), ()
+
     def prepare(self, ahead: ImagesAhead | None = None) -> None:
         """Build or load the engine of the configured range, so that the first image does not wait for it.
 

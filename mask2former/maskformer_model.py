@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # Images of at least so many bytes go to the GPU through pinned memory, which PyTorch keeps for the next ones.
 STAGED_BYTES = 1 << 20
+_making_backends = threading.RLock()
 
 
 @META_ARCH_REGISTRY.register()
@@ -96,7 +98,9 @@ class MaskFormer(nn.Module):
     def backend(self):
         """What runs the network; made on first use, since detectron2 loads the weights after building the model."""
         if self._backend is None:
-            self._backend = build_backend(self.backend_name, self, self._backend_cfg)
+            with _making_backends:  # threads that ask at once get the same
+                if self._backend is None:
+                    self._backend = build_backend(self.backend_name, self, self._backend_cfg)
         return self._backend
 
     @backend.setter

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import itertools
 import json
 import logging
+import pickle
 import threading
 import weakref
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 
 from d2_trt import backend as backend_module
-from d2_trt import builder, compat
+from d2_trt import builder, compat, requirements
 from d2_trt.backend import TensorRTBackend
 from d2_trt.cache_timing import timing_caches
 from d2_trt.errors import BuildError, EngineShapeError
 from d2_trt.options import TensorRTOptions
 from d2_trt.shape_range import ShapeRange
-from tests.d2_trt.backend_helpers import TinyModel, entries, equal, images, make_backend, make_cfg
+from tests.d2_trt.backend_helpers import SHAPES, TinyModel, entries, equal, images, make_backend, make_cfg
 from tests.d2_trt.backend_helpers import workshop as workshop
+from tests.golden import mini_cfg
 
 # Building and loading
 
@@ -239,6 +244,27 @@ def test_model_does_not_keep_a_backend_alive(workshop):
     gc.collect()
     assert reference() is None
     model.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copied", "pickled"]
+)
+def test_copy_of_a_model_has_engines_of_its_own(workshop, monkeypatch, how):
+    monkeypatch.setattr(requirements, "require", lambda *args, **kwargs: None)
+    options = [
+        (f"MODEL.TENSORRT.{key}", value) for key, value in (SHAPES | {"VERIFY.ENABLED": False}).items()
+    ]
+    cfg = mini_cfg("resnet50-mini", ("MODEL.BACKEND", "tensorrt", *itertools.chain(*options)))
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg).eval()
+    model.backend(images())
+    other = how(model)
+    torch.nn.init.zeros_(other.sem_seg_head.predictor.class_embed.weight)
+    with torch.no_grad():
+        assert equal(other.backend(images()), other.core(images()))
+    assert other.backend is not model.backend and len(workshop.built) == 2
+    other.load_state_dict(model.state_dict())
+    assert equal(other.backend(images()), model.backend(images())) and len(workshop.built) == 2
 
 
 # Sizes
