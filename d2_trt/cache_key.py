@@ -63,7 +63,7 @@ _NOT_GRAPH = {
 NETWORK_SOURCES = ("modeling", "maskformer_model.py", "kernels.py")
 
 # Packages whose versions are ingredients by themselves.
-_VERSIONED = {"builtins", "d2_trt", "detectron2", "mask2former", "torch"}
+_VERSIONED = {"d2_trt", "detectron2", "mask2former", "torch"}
 
 # Tensors waiting to be hashed are host copies when the model is on a GPU.
 _PENDING_BYTES = 256 * 2**20
@@ -163,10 +163,16 @@ def model_sources(model: nn.Module) -> str:
     Those of packages that are ingredients by their versions are left out, and so is what was typed into an interpreter.
     """
     classes = {cls for kind in {type(module) for module in model.modules()} for cls in kind.__mro__}
-    names = {cls.__module__ for cls in classes if cls.__module__.partition(".")[0] not in _VERSIONED}
+    names = {cls.__module__ for cls in classes if not is_versioned(cls.__module__)}
     paths = {getattr(sys.modules.get(name), "__file__", None) for name in names}
     files = [Path(path) for path in paths if path and Path(path).is_file()]
     return digest(sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
+
+
+def is_versioned(module: str | None) -> bool:
+    """Whether a module is Python's own, or of a package whose version or source is an ingredient by itself."""
+    package = str(module).partition(".")[0]
+    return package in _VERSIONED or package in sys.stdlib_module_names
 
 
 def package_version(name: str) -> str:

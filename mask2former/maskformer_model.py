@@ -34,6 +34,20 @@ class MaskFormer(nn.Module):
     release, `pred_masks` of the instances are bool, not float, which detectron2's evaluators and visualizer take alike.
     """
 
+    # Attributes that core() does not read, by which a backend may tell that the network is the same still. They hold for
+    # this class: a subclass, whose core() may read others, says so itself, or all of its attributes count.
+    around_network = frozenset(
+        {
+            "criterion",
+            "metadata",
+            "size_divisibility",
+            "postprocess_options",
+            "backend_name",
+            "_backend_cfg",
+            "_backend",
+        }
+    )
+
     @configurable
     def __init__(
         self,

@@ -120,6 +120,8 @@ def test_weights_loaded_before_an_engine_meets_its_first_image_count_there(works
 class Activated(TinyModel):
     """A model with a module, an attribute, a table and a counter of its own in what core() computes."""
 
+    around_network = frozenset({"core_calls", "threshold", "metadata"})
+
     def __init__(self, act: nn.Module):
         super().__init__()
         self.act = act
