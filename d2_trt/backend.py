@@ -209,10 +209,10 @@ class TensorRTBackend:
             run it), "precision", "engines" (key, path, range, times, parity, CUDA graphs), "images" (how many each of the
             two ran), and "reasons" for PyTorch running any.
         """
-        with self._lock:
-            failure = self._unavailable or next(iter(self._failures.values()), None)
-            loaded = list(self._loaded.values())
-            record = self._record.describe()
+        # Without the lock, which a build holds for minutes: each is copied in one step.
+        failure = self._unavailable or next(iter(list(self._failures.values())), None)
+        loaded = list(self._loaded.values())
+        record = self._record.describe()
         name = name_runners(record["images"]) or (
             "torch" if failure is not None and not loaded else "tensorrt"
         )

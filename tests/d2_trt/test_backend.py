@@ -9,6 +9,7 @@ import json
 import logging
 import pickle
 import threading
+import time
 import weakref
 
 import pytest
@@ -379,6 +380,23 @@ def test_images_with_an_engine_do_not_wait_for_another_ones_build(workshop):
     try:
         assert equal(backend(images(1, 64, 64)), TinyModel().core(images(1, 64, 64)))
         assert len(backend._loaded) == 1  # while the other was still building
+    finally:
+        workshop.gate.set()
+        building.join()
+
+
+def test_description_does_not_wait_for_a_build(workshop):
+    workshop.gate = threading.Event()
+    backend, told = make_backend(), []
+    building = threading.Thread(target=backend.prepare)
+    building.start()
+    while not workshop.built:
+        time.sleep(0.01)
+    asking = threading.Thread(target=lambda: told.append(backend.describe()))
+    asking.start()
+    asking.join(5)
+    try:
+        assert told and told[0]["engines"] == []
     finally:
         workshop.gate.set()
         building.join()
