@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from . import cache_key
-from .errors import CacheError
 
 _PLAIN = (bool, int, float, complex, str, bytes, slice, range, enum.Enum, np.generic)
 _PLAIN += (torch.dtype, torch.layout, torch.memory_format)
@@ -32,7 +31,7 @@ def describe_modules(model: nn.Module) -> dict[str, str]:
     another network does.
 
     Raises:
-        CacheError: an attribute cannot be told from others.
+        CacheError: an attribute is a tensor without data.
     """
     # The meta-architecture of this package adds nothing to the network.
     kind = next(cls for cls in type(model).__mro__ if _package(cls.__module__) != "d2_trt")
@@ -48,18 +47,8 @@ def describe_modules(model: nn.Module) -> dict[str, str]:
         described[path] = _name(type(module) if path else kind)
         for name, value in _attributes(module):
             if path or name not in around:
-                described[f"{path}:{name}"] = _digest(f"{path}.{name}".lstrip("."), value, paths)
+                described[f"{path}:{name}"] = cache_key.digest(_describe(value, paths))
     return described
-
-
-def _digest(where: str, value: Any, paths: Mapping[int, str]) -> str:
-    try:
-        return cache_key.digest(_describe(value, paths, {}))
-    except RecursionError:
-        raise CacheError(
-            f"the model's attribute {where} is nested too deeply to tell its values apart. Do without it, or name it in "
-            "the model class's around_network where the network does not read it."
-        ) from None
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -75,74 +64,79 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield f"class {_name(cls)}", members
 
 
-def _describe(value: Any, paths: Mapping[int, str], seen: dict[int, tuple[int, Any]]) -> Any:
-    """A value as JSON, the same in every process and on every device.
+def _describe(value: Any, paths: Mapping[int, str]) -> list:
+    """A value as JSON, the same in every process and on every device: all objects that it leads to, which refer to
+    each other by number.
 
     Args:
         paths: of the model's modules, by their id().
-        seen: objects that were described before, which may refer to each other; kept, so that their id() stays theirs.
     """
+    objects: list[Any] = []  # kept, so that their id() stays theirs
+    numbers: dict[int, int] = {}
 
-    def inner(values: Iterable) -> list:
-        return [_describe(one, paths, seen) for one in values]
+    def refer(part: Any) -> Any:
+        kind = _name(type(part))
+        if part is None or isinstance(part, _PLAIN):
+            return [kind, repr(part)]
+        if isinstance(part, type):
+            return [kind, _name(part)]
+        if id(part) in paths:
+            return [kind, paths[id(part)]]
+        if type(part) is tuple:  # equal ones may be one object or two
+            return [kind, *map(refer, part)]
+        if id(part) not in numbers:
+            numbers[id(part)] = len(objects)
+            objects.append(part)
+        return numbers[id(part)]
 
-    kind = _name(type(value))
-    if value is None or isinstance(value, _PLAIN):
-        return [kind, repr(value)]
-    if isinstance(value, type):
-        return [kind, _name(value)]
-    if id(value) in paths:
-        return [kind, paths[id(value)]]
-    if type(value) is tuple:  # equal ones may be one object or two
-        return [kind, inner(value)]
-    if id(value) in seen:
-        return [kind, seen[id(value)][0]]
-    seen[id(value)] = len(seen), value
+    first = refer(value)
+    # It grows on the way.
+    return [first, *([_name(type(one)), *map(refer, _parts(one, paths))] for one in objects)]
+
+
+def _parts(value: Any, paths: Mapping[int, str]) -> Iterable:
+    """What an object is made of; nothing where that cannot be told."""
     if type(value) is list:
-        return [kind, inner(value)]
+        return value
     if type(value) is dict:
-        return [kind, inner(value.items())]
+        return list(value.items())
     if isinstance(value, Tensor):
         content = cache_key.tensor_bytes("an attribute of a module", value)
-        return [kind, str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
+        return str(value.dtype), tuple(value.shape), hashlib.sha256(content).hexdigest()
     if isinstance(value, types.FunctionType):
-        return [kind, *_describe_function(value, inner)]
+        return _parts_of_function(value)
     if isinstance(value, Mapping) and isinstance(value.get("MODEL"), Mapping) and hasattr(value, "MODEL"):
-        return [kind, inner([cache_key.graph_config(value)])]  # a module may keep its config
+        return [cache_key.graph_config(value)]  # a module may keep its config
     if isinstance(value, (set, frozenset)):
-        return [kind, sorted(cache_key.canonical(_describe(one, paths, dict(seen))) for one in value)]
+        return sorted(cache_key.canonical(_describe(one, paths)) for one in value)
     if isinstance(value, property):
-        return [kind, inner((value.fget, value.fset))]
+        return value.fget, value.fset
     if isinstance(value, (staticmethod, classmethod)):
-        return [kind, inner((value.__func__,))]
-    parts = None if _says_nothing(value) else _parts(value)
-    return [kind, *inner(parts or ())]
-
-
-def _parts(value: Any) -> list | None:
-    """What an object is made of, as pickle sees it; None where that cannot be told."""
+        return [value.__func__]
+    if _says_nothing(value):
+        return []
     try:
-        parts = value.__reduce_ex__(4)
+        parts = value.__reduce_ex__(4)  # as pickle sees it
     except Exception:  # a lock, a stream: they do not compute
-        return None
+        return []
     if isinstance(parts, str):  # a global's name
-        return [getattr(value, "__module__", None), parts, dict(getattr(value, "__dict__", ()))]
+        return getattr(value, "__module__", None), parts, dict(getattr(value, "__dict__", ()))
     return [list(part) if isinstance(part, Iterator) else part for part in parts]
 
 
-def _describe_function(function: types.FunctionType, inner) -> list:
-    cells = [c.cell_contents for c in function.__closure__ or () if c != types.CellType()]  # no empty ones
-    held = [cells, function.__defaults__, function.__kwdefaults__, vars(function)]
+def _parts_of_function(function: types.FunctionType) -> list:
+    parts = [_name(function), function.__defaults__, function.__kwdefaults__, vars(function)]
+    parts += [c.cell_contents for c in function.__closure__ or () if c != types.CellType()]  # no empty ones
     if cache_key.is_versioned(function.__module__) and not function.__name__.startswith("<"):
-        return [_name(function), inner(held)]
+        return parts
     codes, known = [function.__code__], function.__globals__
     for code in codes:
         codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-        held += [
+        parts += [
             c for c in (code.co_code, code.co_names, *code.co_consts) if not isinstance(c, types.CodeType)
         ]
-        held += [known[n] for n in code.co_names if isinstance(known.get(n), (types.FunctionType, *_PLAIN))]
-    return [_name(function), inner(held)]
+        parts += [known[n] for n in code.co_names if isinstance(known.get(n), (types.FunctionType, *_PLAIN))]
+    return parts
 
 
 def _says_nothing(value: Any) -> bool:
