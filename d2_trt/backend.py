@@ -97,7 +97,9 @@ class TensorRTBackend:
         self._watch = NetworkWatch(model)
         self._source = EngineSource(model, cfg, self.options, self._watch)
         self._network: NetworkDigest | None = None
-        self._stale = self._announced = False
+        # A change of the model is a new object here. The network is known again once it was read after it.
+        self._change, self._known_change = object(), None
+        self._announced = False
         self._unavailable: D2TRTError | None = None
         self._record = RunRecord()
         call_on_load(model, self._notice_load)
@@ -108,6 +110,10 @@ class TensorRTBackend:
                 raise
             self._unavailable = error
             self._say_fallback(error)
+
+    def __reduce__(self):
+        """A copied or unpickled model has no backend yet, and makes its own when it needs one."""
+        return type(None), ()
 
     def prepare(self, ahead: ImagesAhead | None = None) -> None:
         """Build or load the engine of the configured range, so that the first image does not wait for it.
@@ -165,10 +171,14 @@ class TensorRTBackend:
     def weights_changed(self) -> None:
         """Tell the backend that the model's weights or modules may be others now; the next call looks."""
         self._announced = True
-        self._stale = True
+        self._notice_load()
 
     def _notice_load(self) -> None:
-        self._stale = True
+        self._change = object()
+
+    @property
+    def _stale(self) -> bool:
+        return self._change is not self._known_change
 
     def entry(self, shapes: ShapeRange, images: Images = None) -> CacheEntry:
         """The cache entry of the engine for a range: its path, bytes and sidecar. Built, checked and kept where missing.
@@ -199,10 +209,10 @@ class TensorRTBackend:
             run it), "precision", "engines" (key, path, range, times, parity, CUDA graphs), "images" (how many each of the
             two ran), and "reasons" for PyTorch running any.
         """
-        with self._lock:
-            failure = self._unavailable or next(iter(self._failures.values()), None)
-            loaded = list(self._loaded.values())
-            record = self._record.describe()
+        # Without the lock, which a build holds for minutes: each is copied in one step.
+        failure = self._unavailable or next(iter(list(self._failures.values())), None)
+        loaded = list(self._loaded.values())
+        record = self._record.describe()
         name = name_runners(record["images"]) or (
             "torch" if failure is not None and not loaded else "tensorrt"
         )
@@ -239,8 +249,8 @@ class TensorRTBackend:
             if loaded is None:
                 return None
         loaded.used = next(self._clock)
-        if images is not None and not loaded.met_real and not self._meet_real(where, loaded, images):
-            return None
+        if images is not None and not loaded.met_real:
+            return self._meet_real(where, loaded, images)
         return loaded.engine
 
     def _find_or_load(self, where: _Where, images: Images) -> _Loaded | None:
@@ -275,24 +285,25 @@ class TensorRTBackend:
         torch.cuda.synchronize(where[1])  # the engine may be at work
         del self._loaded[where]
 
+    def _look_again(self) -> None:
+        logger.warning("The model changed before its engine was done: one of what it is now is to follow")
+        self._notice_load()
+
     def _refresh(self) -> None:
         """Digest the network where it may have changed; engines of others go. Under the lock."""
-        if self._network is not None and not self._stale:
+        if not self._stale:
             return
-        self._stale = False  # before reading: what is loaded meanwhile makes it stale again
-        try:
-            if self._announced:
-                self._announced = False
-                self._watch.forget()
-            network = self._watch.read()
-            if network != self._network:
-                for where in list(self._loaded):
-                    self._unload(where)
-                self._failures.clear()
-                self._network = network
-        except BaseException:
-            self._stale = True
-            raise
+        change = self._change  # before reading: what is loaded meanwhile is another
+        if self._announced:
+            self._announced = False
+            self._watch.forget()
+        network = self._watch.read()
+        if network != self._network:
+            for where in list(self._loaded):
+                self._unload(where)
+            self._failures.clear()
+            self._network = network
+        self._known_change = change  # last: until here no thread takes an engine without the lock
 
     def _require(self) -> None:
         requirements.require(self._model.device, builds=self.options.cache.mode != "require")
@@ -303,36 +314,35 @@ class TensorRTBackend:
             return error
         return explained(error, doing, self._source.limits(shapes), self._model.device)
 
-    def _meet_real(self, where: _Where, loaded: _Loaded, images: Images) -> bool:
+    def _meet_real(self, where: _Where, loaded: _Loaded, images: Images) -> Engine | None:
         """Compare an engine of which only drawn scenes were compared on the first images that come, once.
 
         Returns:
-            False where PyTorch is to run instead. An engine that disagrees with PyTorch is used no more.
+            what is to run; None for PyTorch. An engine that disagrees with PyTorch is used no more.
         """
         with self._lock:
-            try:
-                self._compare_real(where[0], loaded, images)
-            except Exception as error:
-                failure = self._failure(error, "run", where[0])
-                wrong = isinstance(failure, ParityError)  # others may not come again
-                if wrong:
-                    if self._loaded.get(where) is loaded:
+            if self._loaded.get(where) is loaded and not self._stale:
+                try:
+                    self._compare_real(where[0], loaded, images)
+                    return loaded.engine
+                except NetworkChanged:
+                    self._look_again()
+                except Exception as error:
+                    failure = self._failure(error, "run", where[0])
+                    if isinstance(failure, ParityError):  # others may not come again
                         self._unload(where)
-                    self._failures[where] = ParityError(*failure.args)
-                if self.options.on_error != "torch":
-                    if failure is error:
-                        raise
-                    raise failure from error
-                if wrong:
-                    return self._find_or_load(where, images) is not None  # which tells of it
-                self._say_fallback(failure, about=("run", type(failure)))
-                return False
-        return True
+                        self._failures[where] = ParityError(*failure.args)
+                    if self.options.on_error != "torch":
+                        _raise(failure, error)
+                    if not isinstance(failure, ParityError):
+                        self._say_fallback(failure, about=("run", type(failure)))
+                        return None
+            return self._engine(where[0], images)  # of the model as it is now, or what is told of a failure
 
     def _compare_real(self, shapes: ShapeRange, loaded: _Loaded, images: Images) -> None:
         before = loaded.about["parity"]
         if self.options.verify.enabled and not loaded.met_real and not before.get("given_images"):
-            numbers = self._source.compare_given(loaded.engine, shapes, images)
+            numbers = self._source.compare_given(self._network, loaded.engine, shapes, images)
             if numbers is None:
                 return
             loaded.about["parity"] = {
@@ -382,12 +392,9 @@ class TensorRTBackend:
             try:
                 return self._source.obtain(self._network, shapes, images, run)
             except NetworkChanged:
-                logger.warning(
-                    "The model changed before its engine was done: one of what it is now is to follow"
-                )
-                self._stale = True
+                self._look_again()
                 self._refresh()
-        self._network = None  # the next call tries again
+        self._notice_load()  # the next call tries again
         raise BuildError(
             f"the model changed {MAX_TRIES} times while its engine was built. Load weights, and edit the model, before "
             "or after."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 INPUT = "images"
 OUTPUTS = ("pred_logits", "pred_masks")
+_tracing = threading.RLock()
 
 
 class Core(nn.Module):
@@ -112,6 +114,11 @@ def trace(network, config, core: Core, images: torch.Tensor, spec: BuildSpec) ->
     Raises:
         ConversionError: something has no converter; it names the operation, the module and the line.
     """
+    with _tracing:  # it replaces PyTorch's functions, which are those of all threads
+        return _trace(network, config, core, images, spec)
+
+
+def _trace(network, config, core: Core, images: torch.Tensor, spec: BuildSpec) -> Graph:
     t2t = compat.torch2trt()
     trt = compat.tensorrt()
     kwargs = {
@@ -371,9 +378,10 @@ def _precisions(layers: Iterable, graph: Graph) -> dict[str, int]:
 @contextlib.contextmanager
 def eval_mode(model: nn.Module):
     """The model in evaluation mode, and back."""
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:  # parts may have had another than the whole
+            module.training = training

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ _NOT_GRAPH = {
 NETWORK_SOURCES = ("modeling", "maskformer_model.py", "kernels.py")
 
 # Packages whose versions are ingredients by themselves.
-_VERSIONED = {"builtins", "d2_trt", "detectron2", "mask2former", "torch"}
+_VERSIONED = {"d2_trt", "detectron2", "mask2former", "torch"}
 
 # Tensors waiting to be hashed are host copies when the model is on a GPU.
 _PENDING_BYTES = 256 * 2**20
@@ -158,15 +159,53 @@ def source_digest(package: str | Path, parts: Sequence[str] = (".",)) -> str:
 
 
 def model_sources(model: nn.Module) -> str:
-    """sha256 of the files that define the model's classes: an edited backbone of the user's own is another network.
+    """sha256 of the files that define the model's classes, and of those that they import: an edited backbone of the user's
+    own, or function of its, is another network.
 
-    Those of packages that are ingredients by their versions are left out, and so is what was typed into an interpreter.
+    Those of packages that are ingredients by their versions are left out, and so is what was typed into an interpreter,
+    which module_tree describes, and what installed packages import.
     """
-    classes = {cls for kind in {type(module) for module in model.modules()} for cls in kind.__mro__}
-    names = {cls.__module__ for cls in classes if cls.__module__.partition(".")[0] not in _VERSIONED}
-    paths = {getattr(sys.modules.get(name), "__file__", None) for name in names}
-    files = [Path(path) for path in paths if path and Path(path).is_file()]
-    return digest(sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
+    kinds = {cls for kind in {type(module) for module in model.modules()} for cls in kind.__mro__}
+    waiting = {cls.__module__ for cls in kinds}
+    files: dict[str, str] = {}
+    seen: set[str] = set()
+    while waiting:
+        seen.add(name := waiting.pop())
+        file = _file_of(name)
+        if is_versioned(name) or not file.is_file():
+            continue
+        source = file.read_bytes()
+        files[name] = hashlib.sha256(source).hexdigest()
+        if not _is_installed(file) and file.suffix == ".py":
+            imported = set(_imported(ast.parse(source), sys.modules[name].__package__ or ""))
+            waiting |= {n for n in imported - seen if not _is_installed(_file_of(n))}
+    return digest(sorted(files.values()))
+
+
+def _imported(node: ast.AST, package: str) -> Iterator[str]:
+    """What a module imports when it is imported itself: names of modules, and what may be some."""
+    for part in ast.iter_child_nodes(node):
+        if isinstance(part, ast.Import):
+            yield from (alias.name for alias in part.names)
+        elif isinstance(part, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * part.level + (part.module or ""), package)
+            yield from (base, *(f"{base}.{alias.name}" for alias in part.names))
+        elif not isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from _imported(part, package)
+
+
+def _file_of(module: str) -> Path:
+    return Path(getattr(sys.modules.get(module), "__file__", None) or "")
+
+
+def _is_installed(file: Path) -> bool:
+    return bool({"site-packages", "dist-packages"}.intersection(file.parts))
+
+
+def is_versioned(module: str | None) -> bool:
+    """Whether a module is Python's own, or of a package whose version or source is an ingredient by itself."""
+    package = str(module).partition(".")[0]
+    return package in _VERSIONED or package in sys.stdlib_module_names
 
 
 def package_version(name: str) -> str:

@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .cache_entry import CacheEntry, Damaged, EntryInfo, parse_sidecar
 from .cache_failure import BuildFailure, read_failure, write_failure
@@ -143,8 +143,7 @@ class EngineStore:
     def _read_once(self, key: str, sidecar_path: Path, hold: bool) -> CacheEntry:
         sidecar = parse_sidecar(sidecar_path.read_bytes(), key)
         with open(self.engine_path(key), "rb") as file:
-            with contextlib.suppress(OSError):  # about to be removed, or no locks here: still readable
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _share(file)
             expected, size = sidecar["engine"]["size"], os.fstat(file.fileno()).st_size
             if size != expected:
                 raise Damaged(f"the engine's file has {size:,} bytes instead of {expected:,}")
@@ -233,8 +232,7 @@ class EngineStore:
                     self.unlink(entry.key)
             raise
         with open(engine, "rb") as file:
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _share(file)
             self._hold(entry.key, os.dup(file.fileno()))
         self.touch(entry.key)
         return CacheEntry(entry.key, entry.data, entry.sidecar, engine, entry.built)
@@ -404,6 +402,19 @@ def _check_sidecar(path: Path, key: str, engine_size: int | None) -> tuple[Mappi
     if engine_size != expected:
         return content, f"the engine's file has {engine_size:,} bytes instead of {expected:,}"
     return content, ""
+
+
+def _share(file: BinaryIO) -> None:
+    """Lock an engine's file as in use. Where there are no locks it can be read all the same."""
+    for _ in range(100):
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:  # another asks just now whether it is in use: see is_in_use()
+            time.sleep(0.002)
+        except OSError:
+            return
+        else:
+            return
 
 
 def _close_all(descriptors: dict[str, int]) -> None:

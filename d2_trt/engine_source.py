@@ -85,14 +85,17 @@ class EngineSource:
                 entry = self._cache.note_parity(entry, numbers)
             return entry, engine
 
-    def compare_given(self, engine: Engine, shapes: ShapeRange, images: Images) -> dict[str, Any] | None:
-        """Compare an engine with PyTorch on a batch of the caller's images.
+    def compare_given(
+        self, network: NetworkDigest, engine: Engine, shapes: ShapeRange, images: Images
+    ) -> dict[str, Any] | None:
+        """Compare an engine of `network` with PyTorch on a batch of the caller's images.
 
         Returns:
             the numbers of parity.verify, and how many images of which kind they are from; None where there was no image.
 
         Raises:
             ParityError: see parity.verify.
+            NetworkChanged: as for obtain.
         """
         drawn = 0
         if callable(images):
@@ -104,7 +107,7 @@ class EngineSource:
         else:
             batch = images[: max(shapes.min[0], self._options.verify.images)]
             given = len(batch)
-        with _on(self._model.device), builder.eval_mode(self._model):
+        with _on(self._model.device), builder.eval_mode(self._model), self._watch.unchanged(network):
             numbers = parity.verify(engine, self._model.core, [batch], self._options.verify)
         logger.info("Compared with PyTorch on the first %d given image%s", given, "s"[: given != 1])
         return numbers | {"given_images": given, "drawn_scenes": drawn}

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dis
 import enum
-import functools
 import hashlib
-import inspect
-import itertools
 import logging
+import sys
 import types
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,172 +23,132 @@ _PLAIN += (torch.dtype, torch.layout, torch.memory_format)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
-# Code with one of these may read any attribute.
-_READS_ALL = {"__dict__", "getattr", "vars", "children", "modules", "named_children", "named_modules"}
-
-# Objects that refer to others are followed so far.
-_DEPTH = 8
-
 
 def describe_modules(model: nn.Module) -> dict[str, str]:
     """The modules that model.core() runs: "path" has a module's type, "path:name" the digest of an attribute's value.
 
-    Of the model itself counts what core() and the methods that it names mention, where that can be told: what
-    post-processes, and a backend, are no part of the network. Below it everything counts but what a module's forward()
-    writes, such as a counter.
+    Everything counts but what the model's own class names in `around_network`: a needless build does no harm, an engine of
+    another network does.
+
+    Raises:
+        CacheError: an attribute is a tensor without data.
     """
-    used = _names_in_core(model)
+    # The meta-architecture of this package adds nothing to the network.
+    kind = next(cls for cls in type(model).__mro__ if _package(cls.__module__) != "d2_trt")
+    around = vars(kind).get("around_network", ())
     modules = dict(model.named_modules(remove_duplicate=False))
     paths: dict[int, str] = {}
     for path, module in modules.items():
         paths.setdefault(id(module), path)
     described = {}
     for path, module in modules.items():
-        if path and used is not None and path.partition(".")[0] not in used:
+        if path.partition(".")[0] in around:
             continue
-        described[path] = _name(type(module) if path or used is None else _class_of_core(module, used))
+        described[path] = _name(type(module) if path else kind)
         for name, value in _attributes(module):
-            if path or used is None or name in used or name in _HOOKS:
+            if path or name not in around:
                 described[f"{path}:{name}"] = cache_key.digest(_describe(value, paths))
     return described
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    written = _written_in_running(type(module))
     for name, value in list(vars(module).items()):  # other threads may run it
-        if name not in _OF_EVERY_MODULE and name not in written:
+        if name not in _OF_EVERY_MODULE:
             yield name, value
         elif name in _HOOKS and value:
             yield name, list(value.values())
+    # A class that was typed into an interpreter is in no file that cache_key.model_sources reads.
+    for cls in type(module).__mro__:
+        if not hasattr(sys.modules.get(cls.__module__), "__file__") and cls is not object:
+            members = {n: m for n, m in vars(cls).items() if not n.startswith("__") or callable(m)}
+            yield f"class {_name(cls)}", members
 
 
-def _describe(value: Any, paths: Mapping[int, str], depth: int = _DEPTH) -> Any:
-    """A value as JSON, the same in every process and on every device."""
+def _describe(value: Any, paths: Mapping[int, str]) -> list:
+    """A value as JSON, the same in every process and on every device: all objects that it leads to, which refer to
+    each other by number.
 
-    def inner(values: Iterable) -> list:
-        return [_describe(one, paths, depth - 1) for one in values]
+    Args:
+        paths: of the model's modules, by their id().
+    """
+    objects: list[Any] = []  # kept, so that their id() stays theirs
+    numbers: dict[int, int] = {}
 
-    kind = _name(type(value))
-    if value is None or isinstance(value, _PLAIN):
-        return [kind, repr(value)]
-    if isinstance(value, nn.Module) and id(value) in paths:
-        return [kind, paths[id(value)]]
+    def refer(part: Any) -> Any:
+        kind = _name(type(part))
+        if part is None or isinstance(part, _PLAIN):
+            return [kind, repr(part)]
+        if isinstance(part, type):
+            return [kind, _name(part)]
+        if id(part) in paths:
+            return [kind, paths[id(part)]]
+        if type(part) is tuple:  # equal ones may be one object or two
+            return [kind, *map(refer, part)]
+        if id(part) not in numbers:
+            numbers[id(part)] = len(objects)
+            objects.append(part)
+        return numbers[id(part)]
+
+    first = refer(value)
+    # It grows on the way.
+    return [first, *([_name(type(one)), *map(refer, _parts(one, paths))] for one in objects)]
+
+
+def _parts(value: Any, paths: Mapping[int, str]) -> Iterable:
+    """What an object is made of; nothing where that cannot be told."""
+    if type(value) is list:
+        return value
+    if type(value) is dict:
+        return list(value.items())
     if isinstance(value, Tensor):
         content = cache_key.tensor_bytes("an attribute of a module", value)
-        return [kind, str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        return [kind, str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
-    if isinstance(value, type):
-        return [kind, _name(value)]
-    if depth == 0 or _says_nothing(value):
-        return [kind]
-    if isinstance(value, functools.partial):
-        return [kind, inner((value.func, value.args, value.keywords))]
-    if isinstance(value, types.MethodType):
-        return [kind, value.__name__, inner((value.__self__,))]
+        return str(value.dtype), tuple(value.shape), hashlib.sha256(content).hexdigest()
     if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
-        bound = inner((cells, value.__defaults__, value.__kwdefaults__))
-        return [kind, _name(value), _describe_code(value.__code__), bound]
-    if isinstance(value, types.BuiltinFunctionType):
-        return [kind, str(value.__module__), value.__qualname__]
-    if isinstance(value, Mapping):
-        if isinstance(value.get("MODEL"), Mapping) and hasattr(value, "MODEL"):
-            value = cache_key.graph_config(value)  # a module may keep its config
-        content = dict(value)
-        return [kind, inner(content), inner(content.values())]
+        return _parts_of_function(value)
+    if isinstance(value, Mapping) and isinstance(value.get("MODEL"), Mapping) and hasattr(value, "MODEL"):
+        return [cache_key.graph_config(value)]  # a module may keep its config
     if isinstance(value, (set, frozenset)):
-        return [kind, sorted(map(cache_key.canonical, inner(value)))]
-    if isinstance(value, nn.Module):  # hidden from the model, its weights too
-        held = [
-            *value.named_parameters(),
-            *value.named_buffers(),
-            *_attributes(value),
-            *value.named_children(),
+        return sorted(cache_key.canonical(_describe(one, paths)) for one in value)
+    if isinstance(value, property):
+        return value.fget, value.fset
+    if isinstance(value, (staticmethod, classmethod)):
+        return [value.__func__]
+    if _says_nothing(value):
+        return []
+    try:
+        parts = value.__reduce_ex__(4)  # as pickle sees it
+    except Exception:  # a lock, a stream: they do not compute
+        return []
+    if isinstance(parts, str):  # a global's name
+        return getattr(value, "__module__", None), parts, dict(getattr(value, "__dict__", ()))
+    return [list(part) if isinstance(part, Iterator) else part for part in parts]
+
+
+def _parts_of_function(function: types.FunctionType) -> list:
+    parts = [_name(function), function.__defaults__, function.__kwdefaults__, vars(function)]
+    parts += [c.cell_contents for c in function.__closure__ or () if c != types.CellType()]  # no empty ones
+    if cache_key.is_versioned(function.__module__) and not function.__name__.startswith("<"):
+        return parts
+    codes, known = [function.__code__], function.__globals__
+    for code in codes:
+        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+        parts += [
+            c for c in (code.co_code, code.co_names, *code.co_consts) if not isinstance(c, types.CodeType)
         ]
-        return [kind, inner(held)]
-    state = list(getattr(value, "__dict__", {}).items())
-    for cls in type(value).__mro__:
-        slots = vars(cls).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                state.append((name, getattr(value, name)))
-    if isinstance(value, (Sequence, deque)):
-        return [kind, inner(value), inner(state)]
-    return [kind, inner(state)]
+        parts += [known[n] for n in code.co_names if isinstance(known.get(n), (types.FunctionType, *_PLAIN))]
+    return parts
 
 
 def _says_nothing(value: Any) -> bool:
     """Whether it is of what lies around a network: where it runs, what it logs to, this package's backend."""
-    if isinstance(value, (torch.device, torch.Generator, logging.Logger, types.ModuleType)):
+    if isinstance(value, (torch.device, torch.Generator, logging.Logger)):
         return True
-    return type(value).__module__.partition(".")[0] in ("d2_trt", "threading", "_thread", "weakref")
+    return _package(type(value).__module__) in ("d2_trt", "threading", "weakref")
 
 
-def _describe_code(code: types.CodeType) -> list:
-    constants = [_describe_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
-    return [code.co_code.hex(), list(code.co_names), constants]
-
-
-def _is_empty(cell: types.CellType) -> bool:
-    return cell == types.CellType()
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _name(thing) -> str:
     return f"{thing.__module__}.{thing.__qualname__}"
-
-
-def _names_in_core(model: nn.Module) -> set[str] | None:
-    """The names in the code of core() and of the model's methods that it names; None where it may read any attribute."""
-    if "core" in vars(model):
-        return None
-    names, waiting = {"core"}, ["core"]
-    while waiting:
-        name = waiting.pop()
-        for cls in type(model).__mro__:
-            if cls in (nn.Module, object) or name not in vars(cls):
-                continue
-            for code in _codes(vars(cls)[name]):
-                if _READS_ALL.intersection(code.co_names) or _passes_on(code):
-                    return None
-                waiting += set(code.co_names) - names
-                names.update(code.co_names)
-    return names
-
-
-def _class_of_core(model: nn.Module, used: set[str]) -> type:
-    """The class that has the last word on core(): those below it, TensorRTMaskFormer among them, are the same network."""
-    return next((cls for cls in type(model).__mro__ if used & vars(cls).keys()), type(model))
-
-
-@functools.lru_cache(maxsize=1024)
-def _written_in_running(kind: type) -> frozenset[str]:
-    """The attributes that a class's own forward() or core() sets."""
-    members = [vars(cls)[n] for cls in kind.__mro__ for n in ("forward", "core") if n in vars(cls)]
-    steps = (step for member in members for code in _codes(member) for step in dis.get_instructions(code))
-    return frozenset(step.argval for step in steps if step.opname == "STORE_ATTR")
-
-
-def _codes(member: Any) -> Iterator[types.CodeType]:
-    """The code of a class's member, with the functions in it."""
-    for part in (member.fget,) if isinstance(member, property) else (member,):
-        part = inspect.unwrap(getattr(part, "__func__", part))
-        waiting = [part.__code__] if isinstance(part, types.FunctionType) else []
-        while waiting:
-            code = waiting.pop()
-            yield code
-            waiting += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-
-
-def _passes_on(code: types.CodeType) -> bool:
-    """Whether code does something else with "self" than naming attributes of it."""
-    # "self.x += 1" loads it once and copies it.
-    steps = [s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "COPY", "DUP_TOP")]
-    return any(
-        step.opname.startswith("LOAD_") and step.argval == "self" and not _takes_attribute(after.opname)
-        for step, after in itertools.pairwise(steps)
-    )
-
-
-def _takes_attribute(opname: str) -> bool:
-    return opname == "LOAD_METHOD" or opname.endswith("_ATTR")

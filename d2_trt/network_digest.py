@@ -89,15 +89,24 @@ def call_on_load(model: nn.Module, method: Callable[[], None]) -> None:
 
     The model does not keep alive the method's object: a backend, with its engines, that it has no more.
     """
-    reference = weakref.WeakMethod(method)
+    notice = _Notice(method)
+    for module in model.modules():  # the hooks of a part run when that part alone is loaded
+        module.register_load_state_dict_post_hook(notice)
 
-    def notice(module, incompatible_keys) -> None:
-        call = reference()
+
+class _Notice:
+    """A hook that calls a method while its object lives. In a copy of the model it does nothing."""
+
+    def __init__(self, method: Callable[[], None] | None = None):
+        self._method = None if method is None else weakref.WeakMethod(method)
+
+    def __call__(self, module, incompatible_keys) -> None:
+        call = None if self._method is None else self._method()
         if call is not None:
             call()
 
-    for module in model.modules():  # the hooks of a part run when that part alone is loaded
-        module.register_load_state_dict_post_hook(notice)
+    def __reduce__(self):
+        return _Notice, ()
 
 
 def _is_another(now: NetworkDigest, before: NetworkDigest) -> bool:

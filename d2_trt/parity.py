@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -15,10 +16,34 @@ from .errors import ParityError
 from .options import VerifyOptions
 from .shape_range import Shape
 
+_switching = threading.Lock()
+_exact_users = 0
+_put_back: Callable[[], None] | None = None
+
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """TF32 and autocast off, for a reference that is float32; both as they were afterwards."""
+    """TF32 and autocast off, for a reference that is float32; both as they were afterwards.
+
+    TF32's switches are the process's: of threads that overlap the first turns them off, and the last back.
+    """
+    global _exact_users, _put_back
+    with _switching:
+        if not _exact_users:
+            _put_back = _turn_off_tf32()
+        _exact_users += 1
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False), torch.no_grad():
+            yield
+    finally:
+        with _switching:
+            _exact_users -= 1
+            if not _exact_users:
+                _put_back()
+
+
+def _turn_off_tf32() -> Callable[[], None]:
+    """Returns what puts the switches back."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     switches: list[tuple[Any, str, Any]] = [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
     medium = False
@@ -29,16 +54,16 @@ def exact_float32() -> Iterator[None]:
         # The application uses PyTorch's newer switches, beside which the older ones cannot be read.
         switches = [(owner, "fp32_precision", "ieee") for owner in (matmul, cudnn.conv, cudnn.rnn)]
         before = [getattr(owner, name) for owner, name, _ in switches]
-    try:
-        for owner, name, exact in switches:
-            setattr(owner, name, exact)
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False), torch.no_grad():
-            yield
-    finally:
+
+    def put_back() -> None:
         for (owner, name, _), value in zip(switches, before):
             setattr(owner, name, value)
         if medium:  # which allow_tf32 cannot say
             torch.set_float32_matmul_precision("medium")
+
+    for owner, name, exact in switches:
+        setattr(owner, name, exact)
+    return put_back
 
 
 class Comparison:

@@ -224,12 +224,3 @@ def _as_array(value: torch.dtype | int | float) -> np.ndarray:
     if isinstance(value, torch.dtype):
         value = _TYPES[value]
     return np.array([value], np.float32 if isinstance(value, float) else np.int32)
-
-
-def embed(config) -> None:
-    """Have a builder put the plugins' library into the plan, for engines that run where d2_trt is not installed.
-
-    TensorRT loads it from there; the file that it runs is then the plan's own.
-    """
-    load()
-    config.plugins_to_serialize = [*config.plugins_to_serialize, str(library())]

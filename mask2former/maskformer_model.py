@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # Images of at least so many bytes go to the GPU through pinned memory, which PyTorch keeps for the next ones.
 STAGED_BYTES = 1 << 20
+_making_backends = threading.RLock()
 
 
 @META_ARCH_REGISTRY.register()
@@ -31,6 +33,20 @@ class MaskFormer(nn.Module):
     Source: Mask2Former (Cheng et al. 2022) and its release, whose state-dict keys and outputs it keeps. Unlike the
     release, `pred_masks` of the instances are bool, not float, which detectron2's evaluators and visualizer take alike.
     """
+
+    # Attributes that core() does not read, by which a backend may tell that the network is the same still. They hold for
+    # this class: a subclass, whose core() may read others, says so itself, or all of its attributes count.
+    around_network = frozenset(
+        {
+            "criterion",
+            "metadata",
+            "size_divisibility",
+            "postprocess_options",
+            "backend_name",
+            "_backend_cfg",
+            "_backend",
+        }
+    )
 
     @configurable
     def __init__(
@@ -96,7 +112,9 @@ class MaskFormer(nn.Module):
     def backend(self):
         """What runs the network; made on first use, since detectron2 loads the weights after building the model."""
         if self._backend is None:
-            self._backend = build_backend(self.backend_name, self, self._backend_cfg)
+            with _making_backends:  # threads that ask at once get the same
+                if self._backend is None:
+                    self._backend = build_backend(self.backend_name, self, self._backend_cfg)
         return self._backend
 
     @backend.setter

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import itertools
 import json
 import logging
+import pickle
 import threading
+import time
 import weakref
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 
 from d2_trt import backend as backend_module
-from d2_trt import builder, compat
+from d2_trt import builder, compat, requirements
 from d2_trt.backend import TensorRTBackend
 from d2_trt.cache_timing import timing_caches
 from d2_trt.errors import BuildError, EngineShapeError
 from d2_trt.options import TensorRTOptions
 from d2_trt.shape_range import ShapeRange
-from tests.d2_trt.backend_helpers import TinyModel, entries, equal, images, make_backend, make_cfg
+from tests.d2_trt.backend_helpers import SHAPES, TinyModel, entries, equal, images, make_backend, make_cfg
 from tests.d2_trt.backend_helpers import workshop as workshop
+from tests.golden import mini_cfg
 
 # Building and loading
 
@@ -241,6 +247,27 @@ def test_model_does_not_keep_a_backend_alive(workshop):
     model.load_state_dict(model.state_dict())
 
 
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copied", "pickled"]
+)
+def test_copy_of_a_model_has_engines_of_its_own(workshop, monkeypatch, how):
+    monkeypatch.setattr(requirements, "require", lambda *args, **kwargs: None)
+    options = [
+        (f"MODEL.TENSORRT.{key}", value) for key, value in (SHAPES | {"VERIFY.ENABLED": False}).items()
+    ]
+    cfg = mini_cfg("resnet50-mini", ("MODEL.BACKEND", "tensorrt", *itertools.chain(*options)))
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg).eval()
+    model.backend(images())
+    other = how(model)
+    torch.nn.init.zeros_(other.sem_seg_head.predictor.class_embed.weight)
+    with torch.no_grad():
+        assert equal(other.backend(images()), other.core(images()))
+    assert other.backend is not model.backend and len(workshop.built) == 2
+    other.load_state_dict(model.state_dict())
+    assert equal(other.backend(images()), model.backend(images())) and len(workshop.built) == 2
+
+
 # Sizes
 
 
@@ -358,6 +385,23 @@ def test_images_with_an_engine_do_not_wait_for_another_ones_build(workshop):
         building.join()
 
 
+def test_description_does_not_wait_for_a_build(workshop):
+    workshop.gate = threading.Event()
+    backend, told = make_backend(), []
+    building = threading.Thread(target=backend.prepare)
+    building.start()
+    while not workshop.built:
+        time.sleep(0.01)
+    asking = threading.Thread(target=lambda: told.append(backend.describe()))
+    asking.start()
+    asking.join(5)
+    try:
+        assert told and told[0]["engines"] == []
+    finally:
+        workshop.gate.set()
+        building.join()
+
+
 def test_build_does_not_see_the_callers_autocast_and_mode(workshop):
     model = TinyModel().train()
     backend = make_backend(model)
@@ -366,6 +410,13 @@ def test_build_does_not_see_the_callers_autocast_and_mode(workshop):
         assert torch.is_autocast_enabled("cpu") and torch.is_inference_mode_enabled()
     assert b'"autocast": false, "inference": false' in backend.entry(backend.options.shapes).data
     assert model.training and not workshop.models[1].training
+
+
+def test_parts_of_a_model_keep_the_mode_that_they_are_in(workshop):
+    model = TinyModel().train()
+    model.backbone.eval()  # frozen
+    make_backend(model).prepare()
+    assert model.training and model.head.training and not model.backbone.training
 
 
 def test_progress_is_logged_once_for_build_and_load(workshop, caplog):

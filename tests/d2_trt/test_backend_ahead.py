@@ -199,15 +199,14 @@ def test_memory_that_does_not_suffice_for_the_comparison_is_told_and_asked_for_a
     workshop, unmet, monkeypatch
 ):
     backend, model = unmet()
-    core = model.core
 
-    def fail(images):
+    def fail(model, images):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(model, "core", fail)
-    with pytest.raises(GPUMemoryError, match="does not suffice to run the engine"):
-        backend(images(1, 64, 64))
-    monkeypatch.setattr(model, "core", core)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "core", fail)
+        with pytest.raises(GPUMemoryError, match="does not suffice to run the engine"):
+            backend(images(1, 64, 64))
     backend(images(1, 64, 64))
     assert backend.describe()["images"] == {"tensorrt": 1, "torch": 0} and len(workshop.built) == 1
 

@@ -101,6 +101,28 @@ def test_edit_of_the_users_own_model_is_another_engine(tmp_path, monkeypatch):
     assert key(module.Own()) != before
 
 
+@pytest.mark.parametrize(
+    "by", ["from users_ops import scale", "import users_ops", "from users_more import half"]
+)
+def test_edit_of_what_the_users_own_model_imports_is_another_engine(tmp_path, monkeypatch, by):
+    sources = {
+        "users_ops": "def scale(x):\n    return x * 2\n",
+        "users_more": "try:\n    import users_ops\nfinally:\n    half = 0.5\n",
+        "users_model": f"from tests.d2_trt.backend_helpers import TinyModel\n{by}\nclass Own(TinyModel):\n    pass\n",
+        "users_other": "print('nobody imports it')\n",
+    }
+    for name, source in sources.items():
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("users_model")
+    before = key(module.Own())
+    (tmp_path / "users_other.py").write_text("")
+    assert key(module.Own()) == before
+    (tmp_path / "users_ops.py").write_text(sources["users_ops"].replace("2", "3"))
+    assert key(module.Own()) != before
+
+
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_misspelt_module_is_told_before_the_build(workshop, precision):  # noqa: F811
     backend = make_backend(PRECISION=precision, FP32_MODULES=["default", "bakbone"])

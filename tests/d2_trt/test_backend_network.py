@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
 
-from d2_trt import builder
+from d2_trt import builder, cache_key
 from d2_trt.errors import BuildError
 from tests.d2_trt.backend_helpers import TinyModel, entries, equal, images, make_backend
 from tests.d2_trt.backend_helpers import workshop as workshop
@@ -32,6 +33,33 @@ def test_size_built_after_an_unannounced_edit_is_not_kept_as_the_old_weights(wor
     assert equal(backend(images(1, 64, 96)), edited.core(images(1, 64, 96)))
     assert equal(backend(images(1, 64, 64)), edited.core(images(1, 64, 64)))  # nor is what is in memory
     assert equal(make_backend(old, STATIC=True)(images(1, 64, 96)), old.core(images(1, 64, 96)))
+
+
+def test_engine_of_the_old_weights_is_not_run_while_the_new_ones_are_read(workshop, monkeypatch):
+    backend = make_backend(model := TinyModel(0))
+    backend(images())
+    digest, reading, results = cache_key.weights_digest, threading.Event(), []
+    going_on = threading.Event()
+
+    def slow(module):
+        reading.set()
+        assert going_on.wait(10)
+        return digest(module)
+
+    def ask():
+        results.append(backend(images()))
+
+    monkeypatch.setattr(cache_key, "weights_digest", slow)
+    model.load_state_dict(TinyModel(1).state_dict())
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    threads[0].start()
+    assert reading.wait(10)
+    threads[1].start()
+    threads[1].join(0.3)  # time to take what is in memory
+    going_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert len(results) == 2 and all(equal(r, TinyModel(1).core(images())) for r in results)
 
 
 @pytest.mark.parametrize("when", ["before the trace", "after it"])
@@ -66,8 +94,33 @@ def test_model_that_changes_in_every_build_is_an_error_and_keeps_nothing(worksho
     assert equal(backend(images()), model.core(images()))  # it has come to rest
 
 
+def test_edit_before_the_first_real_image_is_told_from_a_wrong_engine(workshop):
+    backend = make_backend(model := TinyModel())
+    backend.prepare()  # compared on drawn scenes alone
+    with torch.no_grad():
+        model.backbone.weight.mul_(-1)
+    assert equal(backend(images()), model.core(images()))
+    assert len(workshop.built) == 2
+
+
+def test_weights_loaded_before_an_engine_meets_its_first_image_count_there(workshop):
+    backend = make_backend(model := TinyModel(0))
+    backend.prepare()
+    meet = backend._meet_real
+
+    def meet_later(*args):
+        backend._meet_real = meet
+        model.load_state_dict(TinyModel(1).state_dict())
+        return meet(*args)
+
+    backend._meet_real = meet_later
+    assert equal(backend(images()), TinyModel(1).core(images()))
+
+
 class Activated(TinyModel):
     """A model with a module, an attribute, a table and a counter of its own in what core() computes."""
+
+    around_network = frozenset({"core_calls", "threshold", "metadata"})
 
     def __init__(self, act: nn.Module):
         super().__init__()
@@ -123,6 +176,17 @@ def test_what_running_the_model_writes_is_no_other_network(workshop):
     backend(images())
     assert (len(workshop.built), workshop.deserialized) == (1, 1)
     make_backend(Activated(nn.ReLU()))(images())
+    assert len(workshop.built) == 1
+
+
+def test_what_the_first_comparison_with_a_real_image_writes_is_no_other_network(workshop):
+    make_backend(Activated(nn.ReLU())).prepare()
+    backend = make_backend(model := Activated(nn.ReLU()))
+    backend.prepare()
+    backend(images())
+    assert model.table
+    model.load_state_dict(model.state_dict())
+    backend(images())
     assert len(workshop.built) == 1
 
 

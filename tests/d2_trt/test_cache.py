@@ -1,5 +1,6 @@
 """EngineCache in one process: what it keeps, what it looks after, and how threads share it."""
 
+import fcntl
 import json
 import math
 import os
@@ -251,6 +252,18 @@ def test_engine_in_use_is_never_dropped(folder):
     user.close()
     put(other, 3)
     assert [e.key for e in other.list()] == [key_of(3)]
+
+
+def test_engine_loaded_while_another_asks_whether_it_is_in_use_is_so(folder):
+    path = put(EngineCache(folder), 0).path
+    with open(path, "rb") as asked:
+        fcntl.flock(asked, fcntl.LOCK_EX)
+        done = threading.Timer(0.05, fcntl.flock, (asked, fcntl.LOCK_UN))
+        done.start()
+        user = EngineCache(folder)
+        assert not user.get_or_build(ingredients(0), Builder(0)).built
+        done.join()
+    assert [e.in_use for e in EngineCache(folder).list()] == [True]
 
 
 def test_engine_is_in_use_until_its_cache_is_gone(folder):

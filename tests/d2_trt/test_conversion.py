@@ -6,7 +6,7 @@ and run real engines.
 
 from __future__ import annotations
 
-from threading import Thread, get_ident
+from threading import Event, Thread, get_ident
 
 import pytest
 import torch
@@ -240,6 +240,26 @@ def test_what_other_threads_compute_meanwhile_is_not_converted(trt, monkeypatch)
     assert threads == {get_ident()} and made[0].tolist() == [2, 2, 1]
     images = random_images(TRACED)
     assert torch.equal(network.evaluate({"images": images})["pred_masks"], images * 2)
+
+
+def test_models_that_two_threads_trace_at_once_are_both_converted(trt, monkeypatch):  # noqa: F811
+    begun, networks = Event(), {}
+
+    def first(x):
+        begun.set()
+        thread.join(0.3)  # time for the other to begin, too
+        return F.relu(x) * 2
+
+    def convert(factor, function):
+        networks[factor] = trace(trt, Wrapped(function), BuildSpec(**STATIC), monkeypatch)
+
+    thread = Thread(target=lambda: begun.wait(10) and convert(3, lambda x: F.relu(x) * 3))
+    thread.start()
+    convert(2, first)
+    thread.join(10)
+    images = random_images(TRACED)
+    for factor in (2, 3):
+        assert torch.equal(networks[factor].evaluate({"images": images})["pred_masks"], images * factor)
 
 
 @pytest.mark.tensorrt

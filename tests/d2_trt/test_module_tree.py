@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import os
+import subprocess
+import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -15,9 +19,11 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
+from d2_trt import cache_key
 from d2_trt.errors import CacheError
 from d2_trt.module_tree import describe_modules
-from tests.golden import MINI_MODELS, mini_cfg
+from mask2former import MaskFormer
+from tests.golden import MINI_MODELS, REPO, mini_cfg
 
 
 class Thing:
@@ -122,20 +128,63 @@ def test_attribute_without_data_is_refused():
         describe_modules(model)
 
 
+def scaling(core):
+    @functools.wraps(core)
+    def scaled(self, images):
+        return self.gain * core(self, images)
+
+    return scaled
+
+
+def test_attribute_counts_however_deeply_it_lies():
+    descriptions = []
+    for value in (1, 2):
+        model = Model()
+        for _ in range(2000):
+            value = [value]
+        model.block.table = value
+        descriptions.append(describe_modules(model))
+    assert descriptions[0] != descriptions[1]
+
+
 @pytest.mark.parametrize(
     "core",
     [
         lambda self, images: getattr(self, "gain") * images,  # noqa: B009
         lambda self, images: outside(self, images),
+        lambda model, images: outside(model, images),
+        lambda *args: outside(*args),
         lambda self, images: (lambda: self.gain * images)(),
         lambda self, images: self.helper(images),
+        lambda self, images: self.held * images,
+        lambda self, images: self.missing * images,
+        scaling(lambda self, images: images),
+        functools.partialmethod(lambda self, factor, images: self.gain * factor * images, 2),
     ],
-    ids=["by its name", "in a function", "in a closure", "in a method"],
+    ids=[
+        "by its name",
+        "in a function",
+        "under another name",
+        "among arguments",
+        "in a closure",
+        "in a method",
+        "in a cached property",
+        "in __getattr__",
+        "in a decorator",
+        "in a part of a method",
+    ],
 )
 def test_attributes_of_the_model_itself_count_however_core_comes_by_them(core):
     class Own(Model):
         def helper(self, images):
             return self.gain * images
+
+        @functools.cached_property
+        def held(self):
+            return self.gain
+
+        def __getattr__(self, name):
+            return self.gain if name == "missing" else super().__getattr__(name)
 
     Own.core = core
     model = Own()
@@ -147,6 +196,82 @@ def test_attributes_of_the_model_itself_count_however_core_comes_by_them(core):
 
 def outside(model, images):
     return model.gain * images
+
+
+def test_attribute_counts_that_forward_may_set():
+    class Lazy(nn.Module):
+        mode = None
+
+        def forward(self, x):
+            if self.mode is None:
+                self.mode = "nearest"
+            return F.interpolate(x, scale_factor=2, mode=self.mode)
+
+    models = [Model(), Model()]
+    for model, mode in zip(models, ("nearest", "bilinear")):
+        model.block[1] = Lazy()
+        model.block[1].mode = mode
+    assert describe_modules(models[0]) != describe_modules(models[1])
+
+
+@pytest.mark.parametrize("edited", ["forward", "of a property", "called by it", "number"])
+def test_class_typed_into_an_interpreter_counts_with_its_code(monkeypatch, edited):
+    def typed(forward="x + self.shift", shift="1", helped="x - 1", number="2"):
+        module = types.ModuleType("typed")
+        monkeypatch.setitem(sys.modules, "typed", module)
+        exec(
+            "from torch import nn\n"
+            f"NUMBER = {number}\n"
+            f"def helper(x): return {helped}\n"
+            "class Typed(nn.Module):\n"
+            f"    shift = property(lambda self: {shift})\n"
+            f"    def forward(self, x): return NUMBER * helper({forward})\n",
+            vars(module),
+        )
+        model = Model()
+        model.block[1] = module.Typed()
+        return describe_modules(model)
+
+    change = {
+        "forward": {"forward": "x - self.shift"},
+        "of a property": {"shift": "2"},
+        "called by it": {"helped": "x - 2"},
+        "number": {"number": "3"},
+    }
+    assert typed() == typed() != typed(**change[edited])
+
+
+def test_subclass_says_itself_what_its_network_does_not_read():
+    class Own(MaskFormer):
+        def core(self, images):
+            return super().core(images * self.size_divisibility)
+
+    class Told(MaskFormer):
+        around_network = MaskFormer.around_network | {"tag"}
+
+    for kind, attribute, counts in (
+        (MaskFormer, "size_divisibility", False),
+        (MaskFormer, "tag", True),
+        (Own, "size_divisibility", True),
+        (Told, "tag", False),
+    ):
+        model = build_model(mini_cfg(MINI_MODELS[0]))
+        model.__class__ = kind
+        before = describe_modules(model)
+        setattr(model, attribute, 64)
+        assert (describe_modules(model) != before) == counts, (kind, attribute)
+
+
+def test_description_is_the_same_in_every_process():
+    lines = "from tests.d2_trt.test_module_tree import *; print(cache_key.digest(describe_modules(Model())))"
+    other = subprocess.run(
+        [sys.executable, "-c", lines],
+        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert other.stdout.split() == [cache_key.digest(describe_modules(Model()))]
 
 
 @pytest.mark.parametrize("name", MINI_MODELS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -201,3 +202,27 @@ def test_newer_switches_survive(restore_settings):
     with exact_float32():
         assert float32_settings() == ("ieee", "ieee", "ieee")
     assert float32_settings() == before
+
+
+def test_threads_that_compare_at_once_leave_tf32_as_it_was():
+    matmul = torch.backends.cuda.matmul
+    inside, going_on, seen = threading.Event(), threading.Event(), []
+
+    def second():
+        with exact_float32():
+            inside.set()
+            assert going_on.wait(10)
+            seen.append(matmul.allow_tf32)
+
+    thread = threading.Thread(target=second)
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = True
+    try:
+        with exact_float32():
+            thread.start()
+            assert inside.wait(10)
+        going_on.set()
+        thread.join(10)
+        assert seen == [False] and matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before

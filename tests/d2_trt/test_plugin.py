@@ -136,13 +136,6 @@ def test_library_that_registers_nothing_is_told(built, monkeypatch):
         plugin.load()
 
 
-def test_library_can_be_put_into_the_plan(built, trt):  # noqa: F811
-    config = trt.Builder(trt.Logger()).create_builder_config()
-    config.plugins_to_serialize = ["other.so"]
-    plugin.embed(config)
-    assert config.plugins_to_serialize == ["other.so", str(built.path)]
-
-
 LIBRARIES = sorted(Path(plugin.__file__).parent.glob("libd2_trt_plugins_trt*.so"))
 
 

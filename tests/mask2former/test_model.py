@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import threading
+import time
 from collections import OrderedDict
 
 import numpy as np
@@ -157,6 +159,26 @@ def test_backend_of_the_config_runs_the_network():
     finally:
         del BACKEND_REGISTRY._obj_map["counting"]
     assert calls == ["prepare", (torch.float32, (1, 3, 64, 64), 20)]
+
+
+def test_threads_that_ask_at_once_share_a_backend():
+    class Slow(TorchBackend):
+        def __init__(self, *args):
+            time.sleep(0.2)
+            super().__init__(*args)
+
+    BACKEND_REGISTRY._do_register("slow", Slow)
+    try:
+        model = build_model(mini_cfg("resnet50-mini", ("MODEL.BACKEND", "slow")))
+        backends = []
+        threads = [threading.Thread(target=lambda: backends.append(model.backend)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        del BACKEND_REGISTRY._obj_map["slow"]
+    assert len(backends) == 2 and backends[0] is backends[1]
 
 
 def test_copy_of_a_model_runs_its_own_weights(model):
