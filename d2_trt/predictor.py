@@ -136,7 +136,17 @@ class TensorRTPredictor(DefaultPredictor):
 
         Returns:
             {"image": (C, height, width), uint8 for uint8 and else float32; "height", "width"}.
+
+        Raises:
+            TypeError: it is no array.
         """
+        if not isinstance(original_image, np.ndarray):
+            got = type(original_image).__name__
+            if original_image is None:
+                got = "None, which cv2.imread gives for a file that is absent or no image"
+            raise TypeError(
+                f"an image is a numpy array (H, W, C) in BGR order, in the range 0 to 255; got {got}"
+            )
         height, width = original_image.shape[:2]
         transform = self.aug.get_transform(original_image)
         size = self._size_on_gpu(original_image, transform) if ring is not None else None

@@ -364,3 +364,42 @@ def test_lock_lines_carry_markers_only_where_pythons_differ():
         'b==2; python_version == "3.11" or python_version == "3.12"',
         'old==3; python_version == "3.10"',
     ]
+
+
+def test_lock_names_an_interpreter_that_is_absent(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["update_lock.py", "python9.9"])
+    with pytest.raises(SystemExit) as error:
+        update_lock.main()
+    assert error.value.code == 2 and "'python9.9'. Name interpreters of Python 3.1" in capsys.readouterr().err
+
+
+# ---- the CUDA kernels
+
+
+@pytest.fixture
+def nvcc(tmp_path, monkeypatch):
+    """A compiler, which setup.py would find."""
+    monkeypatch.delenv("D2_TRT_KERNELS", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    path = tmp_path / "cuda" / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    return path
+
+
+def test_kernels_that_take_minutes_are_announced(project, nvcc, monkeypatch, capsys):
+    project()
+    assert f"its CUDA kernels by {nvcc}: minutes" in capsys.readouterr().out
+    monkeypatch.setenv("D2_TRT_KERNELS", "0")
+    project()
+    assert "CUDA kernels" not in capsys.readouterr().out
+
+
+def test_compiler_that_appears_has_the_kernels_compiled(project, nvcc):
+    nvcc.rename(nvcc.with_name("later"))
+    project()
+    assert project() == []
+    nvcc.with_name("later").rename(nvcc)
+    commands = project()
+    assert any("--editable" in command for command in commands)
+    assert not any("download" in command for command in commands)

@@ -33,7 +33,6 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
@@ -85,6 +84,7 @@ from measurements import (
 from train_net import UsageError, load_config
 
 from mask2former.backend import BackendError, check_backend
+from mask2former.engine.checkpoint import CheckpointError, NamingCheckpointer
 from mask2former.evaluation import with_evaluation_formats
 
 FIELDS = (
@@ -216,7 +216,7 @@ class Ledger:
         self._cfg = cfg
         self._file = file
         self._model = build_model(cfg).eval()
-        DetectionCheckpointer(self._model).load(cfg.MODEL.WEIGHTS)
+        NamingCheckpointer(self._model).load(cfg.MODEL.WEIGHTS)
         self._sizes = args.size or [(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
         records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
         images = len(records)
@@ -365,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.markdown:
             write_section(args.markdown, args.section, table(rows))
             print(f"table written to {args.markdown}")
-    except (UsageError, MarkerError, ValueError, OSError) as error:
+    except (UsageError, CheckpointError, MarkerError, ValueError, OSError) as error:
         print(f"accuracy_ledger.py: error: {error}", file=sys.stderr)
         return 2
     print(table(rows))

@@ -145,6 +145,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--warmup, --eval-images and --kept-queries must be at least 0")
     if len(args.opts) % 2:
         parser.error(f"overrides are KEY VALUE pairs, but {len(args.opts)} words were given")
+    if args.release and not Path(args.release, "mask2former", "__init__.py").is_file():
+        # Python would go on to this project's own package, and its times would stand as the release's.
+        parser.error(f"--release {args.release}: there is no mask2former/ in it; name an official checkout")
     if not args.image_size and not args.size:
         args.image_size = [(480, 640)]
     return args
@@ -215,10 +218,18 @@ def run(args: argparse.Namespace, argv: list[str]):
     from benchmark_bench import LocalBench
     from benchmark_rounds import run_all, start_release
     from benchmark_table import Report, options_column
+    from benchmark_timing import check_device
     from measurements import command_line, config_name, machine, today
 
+    from mask2former.engine.checkpoint import explain_failure
+
     device = _device(args)
-    bench = LocalBench(args, device)
+    check_device(device, "--device")
+    try:
+        bench = LocalBench(args, device)
+    except Exception:
+        explain_failure(dict(zip(args.opts[::2], args.opts[1::2], strict=True)).get("MODEL.WEIGHTS", ""))
+        raise
     common = {
         "date": today(),
         **machine(device),
@@ -271,11 +282,12 @@ def main(argv: list[str] | None = None) -> int:
         return serve(args)
     from d2_trt.logging import setup_logger
     from mask2former.backend import BackendError
+    from mask2former.engine.checkpoint import CheckpointError
 
     setup_logger()
     try:
         report = run(args, argv)
-    except (BackendError, KeyError, ValueError) as error:
+    except (BackendError, CheckpointError, KeyError, ValueError) as error:
         print(f"benchmark.py: error: {error.args[0]}", file=sys.stderr)
         return 2
     failures = list(report.failures)

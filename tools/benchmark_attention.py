@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+from benchmark_timing import check_device
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -90,6 +91,14 @@ def masked_inputs(batch: int, queries: int, keys: int, dtype: torch.dtype, share
     }
 
 
+def need_gpu(parser: argparse.ArgumentParser) -> None:
+    """End the tool with status 2 where there is no GPU."""
+    try:
+        check_device("cuda", "")
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -99,6 +108,7 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=989.0, help="the GPU's dense 16-bit rate")
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.05])
     args = parser.parse_args()
+    need_gpu(parser)
     dtype = getattr(torch, args.dtype)
     print(
         f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, {args.dtype}, {args.queries} queries"

@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmark_timing import check_device
 from benchmark_work import ELEMENT_BYTES, PARTS, Workload
 
 
@@ -110,6 +111,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--size {args.size}, --batch {args.batch}: expected multiples of 32, and at least one image"
         )
     args.size = (height, width)
+    try:
+        check_device(args.device, "--device")
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-from benchmark_attention import time_us
+from benchmark_attention import need_gpu, time_us
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--mhz", type=float, default=1755.0, help="the GPU's clock under load")
     args = parser.parse_args()
+    need_gpu(parser)
     torch.backends.cuda.matmul.allow_tf32 = True
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, {args.queries} queries")
     print(f"{'layers':>14} {'products':>8} {'batch':>5} {'us':>8} {'PyTorch':>8} {'weights':>8}")

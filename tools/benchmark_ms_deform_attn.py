@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benchmark_attention import time_us
+from benchmark_attention import need_gpu, time_us
 from benchmark_limits import copy_rate
 from torch import Tensor
 
@@ -142,7 +142,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", default=["float32", "float16", "bfloat16"], metavar="DTYPE")
     parser.add_argument("--spread", type=float, default=2.0, help="of the offsets, pixels (%(default)s)")
     parser.add_argument("--backward", action="store_true", help="time the gradients too")
-    return parser.parse_args()
+    args = parser.parse_args()
+    need_gpu(parser)
+    return args
 
 
 def main() -> None:

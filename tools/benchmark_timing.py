@@ -34,6 +34,24 @@ class Stage:
     slow: bool = False
 
 
+def check_device(device: str, option: str) -> None:
+    """
+    Args:
+        option: what chooses the device; empty for a tool that has no other.
+
+    Raises:
+        ValueError: it is a GPU that PyTorch does not see.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not device.startswith("cuda") or (torch.device(device).index or 0) < count:
+        return
+    raise ValueError(
+        f"{f'{option} {device}' if option else 'this needs an NVIDIA GPU'}, but PyTorch {torch.__version__} sees "
+        f"{count or 'none'}. Check nvidia-smi, and that PyTorch is a build with CUDA"
+        + (f", or take {option} cpu" if option else "")
+    )
+
+
 class Timer:
     """Times calls one by one; on CUDA with events, or wall-clock time around a synchronised call."""
 

@@ -220,7 +220,7 @@ class Setup:
         packages = [name for name in ("mask2former", "d2_trt") if (ROOT / name).is_dir()]
         recipe = [(ROOT / name).read_text() for name in ("setup.py", "pyproject.toml")]
         kernels = [(str(p.relative_to(ROOT)), p.read_text()) for p in sorted((ROOT / "csrc").rglob("*.*"))]
-        project = digest(detectron2, recipe, packages, kernels, kernel_environment())
+        project = digest(detectron2, recipe, packages, kernels, kernel_environment(), find_nvcc())
         return {"base": base, "detectron2": detectron2, "project": project}
 
     def outdated(self, wanted: dict[str, str]) -> list[str]:
@@ -302,7 +302,11 @@ class Setup:
         self.console.done()
 
     def install_project(self) -> None:
-        self.console.stage("this project, editable")
+        nvcc = find_nvcc()
+        kernels = (
+            f", and its CUDA kernels by {nvcc}: minutes; D2_TRT_KERNELS=0 leaves them out" if nvcc else ""
+        )
+        self.console.stage(f"this project, editable{kernels}")
         install = [
             "install",
             "--progress-bar",
@@ -343,13 +347,23 @@ class Setup:
 
 
 def kernel_environment() -> dict[str, str]:
-    """What decides how setup.py compiles csrc/: its variables, and which nvcc there is."""
+    """What decides, beside find_nvcc, how setup.py compiles csrc/: its variables."""
     names = ("CUDA_HOME", "CUDA_PATH", "TENSORRT_INCLUDE_DIR", "D2_TRT_CUDA_ARCHS", "D2_TRT_KERNELS")
     env = {name: os.environ[name] for name in names if name in os.environ}
     if shutil.which("nvidia-smi") is None:
         # No card to compile for: one architecture and its PTX, which newer cards take, instead of four.
         env.setdefault("D2_TRT_CUDA_ARCHS", "80")
     return env
+
+
+def find_nvcc() -> str:
+    """The nvcc with which setup.py compiles csrc/; empty where it does not."""
+    if os.environ.get("D2_TRT_KERNELS") == "0":
+        return ""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    found = [str(Path(home, "bin", "nvcc")) for home in homes]
+    found += [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
+    return next((path for path in found if path and Path(path).exists()), "")
 
 
 def read_lock(path: Path) -> list[str]:

@@ -18,6 +18,7 @@ from d2_trt.options import TensorRTOptions
 from mask2former import get_mask2former_cfg
 from mask2former.backend import BackendError
 from mask2former.engine import torch_training_cfg
+from mask2former.engine.checkpoint import first_sentence
 
 # Checkpoints of backbones alone, which training starts from.
 _BACKBONE_ONLY = re.compile(r"ImageNetPretrained|swin_\w+_patch\d+_window\d+")
@@ -128,6 +129,6 @@ def load_model(cfg: CfgNode):
         try:
             DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
         except Exception as error:  # whatever unpickling a file that is no checkpoint leads to
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            what = f"{type(error).__name__}: {first_sentence(error)}"
             raise UsageError(f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} cannot be loaded ({what})") from error
     return model

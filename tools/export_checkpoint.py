@@ -51,10 +51,11 @@ def read(path: Path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:  # of half a file any of them
-        # The first line: PyTorch goes on about unsafe ways to load it all the same.
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        # The first sentence: PyTorch goes on about unsafe ways to load it all the same.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0].split(". ")[0]
         raise ExportError(
-            f"{path} cannot be read ({reason[0]}): must be a whole .pth of weights that training or this tool wrote, not a "
+            f"{path} cannot be read ({reason}): must be a whole .pth of weights that training or this tool wrote, not a "
             ".pkl of a model zoo"
         ) from error
 
@@ -141,6 +142,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.split_mib is not None and args.split_mib < 1:
             raise ExportError(f"--split-mib {args.split_mib}: must be at least 1")
         path = checkpoint_file(args.checkpoint)
+        if args.output.is_dir():
+            raise ExportError(f"{args.output} is a folder: name the .pth to write")
+        if args.output.exists() and args.output.samefile(path):
+            raise ExportError(f"{args.output} is the checkpoint itself: name another file to write")
         weights = weights_of(read(path), path)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(args.output) as temporary:

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -151,6 +152,8 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     small = engine_too_small(cfg)
     if small and cfg.MODEL.TENSORRT.ON_OUT_OF_RANGE == "raise":
         raise UsageError(small)
+    if file := next((p for p in (Path(cfg.OUTPUT_DIR), *Path(cfg.OUTPUT_DIR).parents) if p.is_file()), None):
+        raise UsageError(f"OUTPUT_DIR is {cfg.OUTPUT_DIR}, but {file} is a file: name a folder")
     weights = cfg.MODEL.WEIGHTS
     last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
     if args.resume and PathManager.isfile(last):
@@ -179,6 +182,8 @@ def check_training(cfg: CfgNode, args: argparse.Namespace) -> None:
     if cfg.DATASETS.TEST:
         check_test_sets(cfg)
     build_train_mapper(cfg)
+    if cfg.SOLVER.MAX_ITER < 1:
+        raise UsageError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}: must be at least 1")
     processes = args.num_gpus * args.num_machines
     if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % processes:
         raise UsageError(

@@ -91,7 +91,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("pythons", nargs="+", metavar="PYTHON")
-    interpreters = {python_version(name): name for name in parser.parse_args().pythons}
+    try:
+        interpreters = {python_version(name): name for name in parser.parse_args().pythons}
+    except (OSError, subprocess.CalledProcessError) as error:
+        parser.error(f"{error}. Name interpreters of Python {', '.join(SUPPORTED)}")
     missing = [version for version in SUPPORTED if version not in interpreters]
     if missing:
         parser.error(

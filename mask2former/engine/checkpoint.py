@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from typing import Any
 
 import torch
@@ -27,6 +28,24 @@ class CheckpointError(Exception):
     """A checkpoint cannot be read; the message says which one, and what to do."""
 
 
+def first_sentence(error: BaseException) -> str:
+    """How an error begins. torch.load goes on with paragraphs of advice that do not fit a damaged file."""
+    lines = str(error).splitlines()
+    return re.split(r"\. ", lines[0])[0].rstrip(".,:") if lines else type(error).__name__
+
+
+def explain_failure(weights: str) -> None:
+    """Raise CheckpointError where a checkpoint is missing or cannot be read.
+
+    For after detectron2's DefaultPredictor has failed, which does not say which file it was. Reads the whole file.
+    """
+    if not weights or "://" in weights:
+        return
+    if not os.path.isfile(weights):
+        raise CheckpointError(f"MODEL.WEIGHTS {weights}: there is no such file")
+    NamingCheckpointer(torch.nn.Module())._load_file(weights)
+
+
 class NamingCheckpointer(DetectionCheckpointer):
     """detectron2's checkpointer, which names a checkpoint that it cannot read."""
 
@@ -41,9 +60,9 @@ class NamingCheckpointer(DetectionCheckpointer):
             ):
                 others = ", ".join(self._others(filename)) or "there is none"
                 instead = f"write the name of another checkpoint ({others}) into {last}, or remove that file to start anew"
+            what = f"{type(error).__name__}: {first_sentence(error)}"
             raise CheckpointError(
-                f"the checkpoint {filename} cannot be read ({type(error).__name__}: {error}): is it complete? To go on, "
-                + instead
+                f"the checkpoint {filename} cannot be read ({what}): is it complete? To go on, {instead}"
             ) from error
 
     def _others(self, filename: str) -> list[str]:

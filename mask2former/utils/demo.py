@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..backend import BackendError, check_backend
 from ..config import get_mask2former_cfg
 from ..data.datasets.shapes import draw_scene
+from ..engine.checkpoint import CheckpointError, explain_failure
 from .media import (
     FrameSource,
     Item,
@@ -51,6 +52,8 @@ class DemoError(Exception):
 
 def run_demo(args: argparse.Namespace) -> int:
     """Run with the arguments of tools/demo.py and return its exit status. Raises DemoError."""
+    if args.json and Path(args.json).expanduser().is_dir():
+        raise DemoError(f"--json {args.json}: it is a folder; name a file")
     try:
         found = find_inputs(args.inputs)
         items = found.items + [Item("scene", seed) for seed in range(args.draw)]
@@ -167,6 +170,12 @@ class Demo:
                 self.predictor.model.prepare(_pictures_ahead(cfg, items))
             except BackendError as error:
                 raise DemoError(str(error)) from error
+            except Exception:
+                try:
+                    explain_failure(cfg.MODEL.WEIGHTS)
+                except CheckpointError as error:
+                    raise DemoError(str(error)) from error
+                raise
         self.clock = StageClock(cfg.MODEL.DEVICE)
         time_backend(self.predictor.model, self.clock)
         datasets = tuple(cfg.DATASETS.TEST) or tuple(cfg.DATASETS.TRAIN)

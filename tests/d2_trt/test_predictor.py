@@ -68,6 +68,12 @@ def test_what_the_default_predictor_refuses_is_refused_alike(pair, image):
         mine(image)
 
 
+@pytest.mark.parametrize("image, got", [(None, "None, which cv2.imread gives"), ("a.jpg", "got str")])
+def test_what_is_no_array_is_told(pair, image, got):
+    with pytest.raises(TypeError, match=rf"an image is a numpy array \(H, W, C\).*{got}"):
+        pair[0](image)
+
+
 def test_images_keep_their_size_where_the_config_says_so():
     mine, theirs = (make(kind, "INPUT.MIN_SIZE_TEST", 0) for kind in (TensorRTPredictor, DefaultPredictor))
     image = picture((40, 70))

@@ -302,11 +302,14 @@ def test_damaged_image_is_named(tmp_path):
     "words, message",
     [
         (["--weights", "nope.pth"], "MODEL.WEIGHTS nope.pth: there is no such file"),
+        (["--weights", "half.pth"], "the checkpoint half.pth cannot be read ("),
         (["--backend", "tensorflow"], "MODEL.BACKEND is 'tensorflow', which is not registered"),
         (["--config-file", "configs/nope.yaml"], "does not exist"),
     ],
 )
-def test_mistakes_end_before_anything_is_measured(run, capsys, words, message):
+def test_mistakes_end_before_anything_is_measured(run, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "half.pth").write_bytes(b"PK")
     status, rows = run(*words)
     assert status == 2 and rows == [] and message in capsys.readouterr().err
 

@@ -10,6 +10,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 from mask2former.backend import BACKEND_REGISTRY, TorchBackend
 from mask2former.data.datasets.shapes_files import ShapesOptions, make_shapes_dataset
@@ -207,7 +208,8 @@ def test_release_is_timed_with_the_same_weights(run):
 
 @pytest.mark.slow
 def test_release_that_does_not_start_leaves_our_rows(run, tmp_path, capsys):
-    (tmp_path / "mask2former.py").write_text("raise SystemExit(3)")
+    (tmp_path / "mask2former").mkdir()
+    (tmp_path / "mask2former" / "__init__.py").write_text("raise SystemExit(3)")
     status, rows = run("--size", "64x64", "--stages", "core", "--release", str(tmp_path), "--no-limits")
     assert status == 1 and [r["implementation"] for r in timed(rows)] == ["d2_trt"]
     assert f"the process of the release in {tmp_path} ended with status 3" in capsys.readouterr().err
@@ -265,11 +267,41 @@ def test_missing_data_set_is_said_and_leaves_the_images(run, tmp_path, monkeypat
     [
         (["--backend", "tensorflow"], [], "MODEL.BACKEND is 'tensorflow', which is not registered"),
         (["--backend", "tensorrt"], ["MODEL.TENSORRT.MSDA", "x"], "MODEL.TENSORRT.MSDA is 'x'; allowed"),
+        ([], ["MODEL.WEIGHTS", "gone.pth"], "MODEL.WEIGHTS gone.pth: there is no such file"),
+        ([], ["MODEL.WEIGHTS", "half.pth"], "the checkpoint half.pth cannot be read ("),
     ],
 )
-def test_mistakes_end_before_anything_is_timed(run, capsys, words, opts, message):
+def test_mistakes_end_before_anything_is_timed(run, tmp_path, monkeypatch, capsys, words, opts, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "half.pth").write_bytes(b"PK")
     status, rows = run("--image-size", "48x64", *words, opts=opts)
     assert status == 2 and rows == [] and message in capsys.readouterr().err
+
+
+def test_gpu_that_is_absent_is_told(run, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, rows = run("--image-size", "48x64", device="cuda")
+    assert status == 2 and rows == [] and "--device cuda, but PyTorch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", ["limits", "attention", "mlp", "ms_deform_attn"])
+def test_tools_of_parts_say_that_they_need_a_gpu(monkeypatch, capsys, tool):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ["--device", "cuda"] if tool == "limits" else []
+    monkeypatch.setattr(sys, "argv", ["benchmark", *words])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as error:
+        load_tool(f"benchmark_{tool}").main()
+    assert error.value.code == 2 and "Check nvidia-smi" in capsys.readouterr().err
+
+
+def test_folder_without_the_release_is_refused(benchmark, tmp_path, capsys):
+    """Python would find this project's package instead, and time it under the release's name."""
+    with pytest.raises(SystemExit) as error:
+        benchmark.parse_args(["--release", str(tmp_path)])
+    assert (
+        error.value.code == 2 and f"--release {tmp_path}: there is no mask2former/" in capsys.readouterr().err
+    )
 
 
 def test_no_segments_are_said(run):

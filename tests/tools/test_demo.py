@@ -346,6 +346,7 @@ def test_input_is_never_overwritten(tmp_path, capsys):
         (["--draw", "1", "--weights", "gone.pkl"], {}, "no checkpoint gone.pkl"),
         (["--draw", "1"], {"MODEL.WEIGHTS": "gone.pkl"}, "no checkpoint gone.pkl"),
         (["--draw", "1", "--task", "semantic"], {}, "--opts MODEL.MASK_FORMER.TEST.SEMANTIC_ON True"),
+        (["--draw", "1", "--json", "."], {}, "--json .: it is a folder"),
         (["--draw", "1"], {"MODEL.BACKEND": "gone"}, "MODEL.BACKEND is 'gone', which is not registered"),
         (["--draw", "1"], {"MODEL.NO_SUCH_KEY": "1"}, "NO_SUCH_KEY"),
         (["--draw", "1", "--device", "abacus"], {}, "'abacus' is no device"),
@@ -360,6 +361,16 @@ def test_run_that_cannot_start_says_why(tmp_path, monkeypatch, capsys, arguments
     error = capsys.readouterr().err
     assert error.startswith("demo.py: error: ") and message in error
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["half.pth", "half.pkl"])
+def test_checkpoint_that_cannot_be_read_is_named(tmp_path, capsys, name):
+    half = tmp_path / name
+    half.write_bytes(b"PK")
+    assert run("--draw", "1", "--weights", half, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"demo.py: error: the checkpoint {half} cannot be read (" in error and "weights_only" not in error
+    assert files(tmp_path) == [name]
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,8 @@ def test_values_that_half_precision_does_not_hold_are_refused(trained, tmp_path,
         (["cut.pth", "x.pth"], "cut.pth cannot be read ("),
         (["half.pth", "x.pth"], "half.pth cannot be read ("),
         (["empty.pth", "x.pth"], "must be a whole .pth of weights that training or this tool wrote"),
+        (["whole.pth", "whole.pth"], "whole.pth is the checkpoint itself: name another file to write"),
+        (["whole.pth", "."], ". is a folder: name the .pth to write"),
         (["other.pth", "x.pth", "--split-mib", "0"], "--split-mib 0: must be at least 1"),
     ],
 )
@@ -145,7 +147,10 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch, capsys, argum
     whole = (tmp_path / "cut.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[:-500])
     (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "whole.pth").write_bytes(whole)
     (tmp_path / "empty.pth").touch()
     assert export_checkpoint.main(arguments) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and "weights_only" not in error
+    assert (tmp_path / "whole.pth").read_bytes() == whole
     assert not (tmp_path / "x.pth").exists()

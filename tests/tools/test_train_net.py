@@ -106,6 +106,7 @@ def test_training_set_that_is_not_there(run, available, tmp_path):
     [
         (("INPUT.DATASET_MAPPER_NAME", "coco"), "'coco'; allowed: 'mask_former_semantic'"),
         (("SOLVER.IMS_PER_BATCH", "0"), "SOLVER.IMS_PER_BATCH is 0"),
+        (("SOLVER.MAX_ITER", "0"), "SOLVER.MAX_ITER is 0: must be at least 1"),
         (("MODEL.RESNETS.NORM", "SyncBN"), "MODEL.RESNETS.NORM SyncBN trains on GPUs only"),
         (("MODEL.WEIGHTS", "nope.pkl"), "MODEL.WEIGHTS nope.pkl: there is no such file"),
     ],
@@ -280,6 +281,7 @@ def test_several_gpus_with_device_cpu(run, available, monkeypatch):
         (("TEST.BATCH_SIZE", "many"), "TEST.BATCH_SIZE"),
         (("MODEL.WEIGHTS", "no_such_file.pkl"), "MODEL.WEIGHTS no_such_file.pkl: there is no such file"),
         (("TEST.AUG.ENABLED", "True"), "TEST.AUG.ENABLED False"),
+        (("OUTPUT_DIR", f"{__file__}/out"), f"{__file__} is a file: name a folder"),
     ],
 )
 def test_wrong_overrides(run, available, override, message):
