@@ -257,6 +257,7 @@ class TensorRTBackend:
         try:
             self._refresh()
             if where not in self._loaded and where not in self._failures:
+                self._require()  # the model may have been moved
                 loaded = self._load(where[0], images)
                 while len(self._loaded) >= MAX_LOADED:
                     self._unload(min(self._loaded, key=lambda w: self._loaded[w].used))

@@ -29,6 +29,7 @@ import torch
 from detectron2.data.detection_utils import read_image
 from torch import Tensor
 
+from mask2former.data.depth import check_depth
 from mask2former.postprocessing import postprocess
 
 from .errors import D2TRTError, ImageError
@@ -408,6 +409,7 @@ class _Runner:
 
 
 def _decode(path: str) -> np.ndarray:
+    check_depth(path)
     return read_image(path, format="BGR")
 
 

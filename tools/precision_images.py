@@ -11,6 +11,7 @@ from detectron2.data.detection_utils import read_image
 from engine_config import UsageError
 from ledger_evaluation import Images, sized
 
+from mask2former.data.depth import check_depth
 from mask2former.evaluation import check_test_sets
 
 
@@ -62,8 +63,9 @@ def _check_data_set(cfg: CfgNode) -> None:
 
 def _read(path: str, cfg: CfgNode):
     try:
+        check_depth(path)
         return read_image(path, format=cfg.INPUT.FORMAT)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"--input {path}: {error}") from error
 
 

@@ -65,6 +65,21 @@ class NamingCheckpointer(DetectionCheckpointer):
                 f"the checkpoint {filename} cannot be read ({what}): is it complete? To go on, {instead}"
             ) from error
 
+    def _load_model(self, checkpoint: dict[str, Any]):
+        """As detectron2's, and a line that says how much of the model the checkpoint had."""
+        incompatible = super()._load_model(checkpoint)
+        lacking = {*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)}
+        # The losses' weights say nothing of a model's training.
+        wanted = {key for key in self.model.state_dict() if not key.startswith("criterion.")}
+        if lacking & wanted:
+            self.logger.warning(
+                "%d of the model's %d tensors were in the checkpoint; the others keep their initial values. A trained "
+                "model of this config has all of them.",
+                len(wanted - lacking),
+                len(wanted),
+            )
+        return incompatible
+
     def _others(self, filename: str) -> list[str]:
         """Names of the other checkpoints beside one, the newest first."""
         folder = os.path.dirname(filename)

@@ -43,6 +43,18 @@ def test_unchecked_engine_is_used_as_it_is(workshop):
     assert backend.describe()["engines"][0]["parity"] == {}
 
 
+def test_model_that_was_moved_off_the_gpu_is_told_as_what_is_missing(workshop, monkeypatch):
+    backend = make_backend()
+
+    def require(self):
+        raise MissingDependencyError("a GPU: there is one, but MODEL.DEVICE is cpu")
+
+    monkeypatch.setattr(TensorRTBackend, "_require", require)
+    with pytest.raises(MissingDependencyError, match=r"MODEL\.DEVICE is cpu"):
+        backend(images())
+    assert not workshop.built
+
+
 def test_failure_falls_back_with_one_warning_and_says_so(workshop, caplog):
     workshop.fail = BuildError("TensorRT built nothing\n  details")
     model = TinyModel()

@@ -9,6 +9,7 @@ import traceback
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -134,6 +135,14 @@ def test_errors_are_returned_in_their_place(predictor, tmp_path):
     assert [r.index for r in results if isinstance(r, ImageError)] == [1, 3, 4]
     for n, value in ((0, 1), (2, 2), (5, 4)):
         assert same(results[n], predictor(flat(value)))
+
+
+def test_file_of_16_bits_is_refused_where_it_would_be_white(predictor, tmp_path):
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.full((64, 64), 3000, np.uint16)).save(deep)
+    results = list(predictor.stream([flat(1), deep, flat(2)], on_error="return"))
+    assert [isinstance(r, ImageError) for r in results] == [False, True, False]
+    assert "deep.png) of the stream: ValueError: its values go up to 3000; allowed: 8 bits" in str(results[1])
 
 
 def test_network_that_fails_is_blamed_on_its_image_alone(predictor):
