@@ -34,6 +34,8 @@ _VERSIONS = ("cuda", "tensorrt", "detectron2", "python")
 _CASE = ("image", "padded", "batch", "stage")
 _RATES = ("throughput", "stream", "stream_files", "evaluation", "evaluation_loader")
 _LABEL_WIDTH = 44  # characters
+_TITLE_WIDTH = 100  # likewise
+_BATCH_AXIS = "images in a batch"
 # How many pixels padding adds to a side, less than.
 _DIVISIBILITY = 32
 
@@ -190,7 +192,11 @@ def drawings(points: list[Point]) -> dict[str, dict]:
         while key in found:  # of other tasks or weights
             count += 1
             key = f"{name}-{count}"
-        found[key] = {"title": title, "unit": unit, **({"x": x} if x else {}), **_series(some, place)}
+        drawing = _series(some, place)
+        drawing["series"], shared = _without_shared(drawing["series"])
+        if shared:
+            title += "\n" + textwrap.fill(shared, _TITLE_WIDTH)
+        found[key] = {"title": title, "unit": unit, **({"x": x} if x else {}), **drawing}
 
     for (about, kind, unit), group in groups.items():
         gpu, torch, config, tasks, weights = about
@@ -213,8 +219,7 @@ def drawings(points: list[Point]) -> dict[str, dict]:
         for size, same in by_size.items():
             place = _file_name(size.split(" (")[0].replace(" to ", "-"))
             if len({point.batch for point in same}) > 1:
-                x = "images in a batch"
-                add(f"{name}_batch_{place}", f"{title}, {size}", unit, same, lambda p: p.batch, x)
+                add(f"{name}_batch_{place}", f"{title}, {size}", unit, same, lambda p: p.batch, _BATCH_AXIS)
             elif len(same) > 1:
                 batch = f"batch {same[0].batch}"
                 add(f"{name}_{place}", f"{title}, {size}, {batch}", unit, same, lambda _: 0.0)
@@ -232,6 +237,15 @@ def drawings(points: list[Point]) -> dict[str, dict]:
                     *(lambda p, which=which: _pixels(getattr(p, which)), f"{x}, millions"),
                 )
     return found
+
+
+def _without_shared(series: dict[str, list]) -> tuple[dict[str, list], str]:
+    """Series without the versions and options in their names that all of a plot have, and these."""
+    ends = {name.partition(", ")[2] for name in series}
+    short = {name.partition(", ")[0]: points for name, points in series.items()}
+    if len(ends) > 1 or len(short) < len(series):
+        return series, ""
+    return short, ends.pop()
 
 
 def _initials(tasks: str) -> str:
@@ -307,6 +321,8 @@ def _draw_lines(axes, drawing: dict) -> None:
     for style, (precision, points) in zip(styles, drawing["floors"].items()):
         axes.plot(*zip(*points), linestyle=style, color="grey", label=f"floor, {precision}")
     axes.set_xlabel(drawing["x"])
+    if drawing["x"] == _BATCH_AXIS:
+        axes.set_xticks(sorted({point[0] for points in drawing["series"].values() for point in points}))
     axes.set_ylabel(drawing["unit"])
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")

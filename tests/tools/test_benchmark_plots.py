@@ -194,3 +194,23 @@ def test_mistakes_are_said(write, tmp_path, capsys):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     assert benchmark_plots.main([str(tmp_path / "other.csv")]) == 2
     assert "It is of another tool or version" in capsys.readouterr().err
+
+
+def test_options_that_all_of_a_plot_have_stand_in_its_title(write):
+    kinds = ({"backend": "torch"}, {"backend": "tensorrt", "variant": "static"})
+    small, large = "INPUT.MIN_SIZE_TEST 320", "INPUT.MIN_SIZE_TEST 800"
+    found = found_in(
+        write(
+            *(row(options=small, **kind) for kind in kinds),
+            *(row(options=large, padded="64x128", **kind) for kind in kinds),
+            row(options=small, padded="64x192"),
+            row(options=large, padded="64x192", backend="tensorrt", variant="static"),
+        )
+    )
+    for size, option in (("64x64", small), ("64x128", large)):
+        drawing = found[f"core_coco-r50_a-GPU_p_{size}"]
+        assert set(drawing["series"]) == {"torch fp16", "tensorrt static fp16"}
+        assert drawing["title"].endswith(f"\n{option}")
+    mixed = found["core_coco-r50_a-GPU_p_64x192"]
+    assert set(mixed["series"]) == {f"torch fp16, {small}", f"tensorrt static fp16, {large}"}
+    assert "INPUT" not in mixed["title"]
