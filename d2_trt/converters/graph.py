@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .. import compat, plugin
+from ..errors import ConversionError
 from .memory import TracedMemory
 
 
@@ -122,8 +123,8 @@ class Graph:
             return self.constant(value[(None,) * ((rank or 0) - value.dim())])
         if isinstance(value, torch.Tensor):
             out = value._trt
-        elif isinstance(value, (int, float)):
-            out = self.constant(torch.tensor(float(value)).reshape((1,) * (rank or 1)))
+        elif isinstance(value, (int, float, np.number)):
+            out = self.constant(torch.full((1,) * (1 if rank is None else rank), float(value)))
         else:
             out = value
         missing = (rank or 0) - len(out.shape)
@@ -360,6 +361,8 @@ class Graph:
 
     def reshape(self, x, sizes: Sequence):
         """A tensor of the same elements in another shape; one size may be -1."""
+        if 0 in sizes:  # which stands for the input's own size
+            raise ConversionError("another shape of an empty tensor has no converter")
         plain, unknown = [], 0
         for i, size in enumerate(sizes):
             if isinstance(size, int):

@@ -13,19 +13,28 @@ from .registry import converts
 MASKED_LOGIT = -3.0e4
 
 
+def _pair(v) -> tuple[int, int]:
+    """Two numbers where PyTorch takes one for both, as a number or as a sequence of one."""
+    v = tuple(v) if isinstance(v, (tuple, list)) else (v,)
+    return v * 2 if len(v) == 1 else v
+
+
+def _maps(g, input):
+    if input.dim() != 4:
+        raise ConversionError(f"an input of {input.dim()} dimensions, not (B, C, H, W), has no converter")
+    return g.tensor(input)
+
+
 @converts("torch.nn.functional.conv2d", "torch.conv2d")
 def conv2d(g, result, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     if isinstance(padding, str):
         raise ConversionError(f"conv2d with padding={padding!r} has no converter; give numbers")
 
-    def pair(v):
-        return (v, v) if isinstance(v, int) else tuple(v)
-
     def configure(layer):
-        layer.stride_nd, layer.padding_nd, layer.dilation_nd = pair(stride), pair(padding), pair(dilation)
+        layer.stride_nd, layer.padding_nd, layer.dilation_nd = _pair(stride), _pair(padding), _pair(dilation)
         layer.num_groups = groups
 
-    return _convolution(g, g.tensor(input), weight, bias, configure)
+    return _convolution(g, _maps(g, input), weight, bias, configure)
 
 
 def _convolution(g, x, weight, bias, configure=lambda layer: None):
@@ -46,18 +55,15 @@ def _convolution(g, x, weight, bias, configure=lambda layer: None):
 def max_pool2d(
     g, result, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
 ):
-    if ceil_mode or return_indices or dilation not in (1, (1, 1)):
+    if ceil_mode or return_indices or _pair(dilation) != (1, 1):
         raise ConversionError("max_pool2d with ceil_mode, return_indices or dilation has no converter")
 
-    def pair(v):
-        return (v, v) if isinstance(v, int) else tuple(v)
-
     def add(x):
-        layer = g.network.add_pooling_nd(x, g.trt.PoolingType.MAX, pair(kernel_size))
-        layer.stride_nd, layer.padding_nd = pair(stride or kernel_size), pair(padding)
+        layer = g.network.add_pooling_nd(x, g.trt.PoolingType.MAX, _pair(kernel_size))
+        layer.stride_nd, layer.padding_nd = _pair(stride or kernel_size), _pair(padding)
         return layer
 
-    return g.emit(add, g.tensor(input))
+    return g.emit(add, _maps(g, input))
 
 
 @converts("torch.nn.functional.batch_norm")
@@ -83,6 +89,8 @@ def batch_norm(
     shift = -running_mean.double() * scale
     if bias is not None:
         shift = shift + bias.double()
+    if input.dim() < 4:  # a scale layer takes no less
+        return affine(g, g.tensor(input), scale.float(), shift.float(), 1)
     compute = g.compute_dtype(g.current_module())
     factors, offsets = g.weights(scale.float(), compute), g.weights(shift.float(), compute)
     powers = g.weights(torch.ones_like(scale, dtype=torch.float32), compute)
@@ -161,6 +169,8 @@ def softmax(g, result, input, dim=None, *unused, **also_unused):
 
 @converts("torch.Tensor.masked_fill")
 def masked_fill(g, result, input, mask, value):
+    if not result.is_floating_point():
+        raise ConversionError(f"masked_fill of {result.dtype} has no converter")
     value, compute = float(value), g.compute_dtype(g.current_module())
     if value == -math.inf:
         value = MASKED_LOGIT

@@ -114,6 +114,9 @@ def _group_norm(g, x, groups: int, weight, bias, eps: float, relu: bool = False)
         sizes = g.sizes(x)
         merged = g.reshape(x, [sizes[0], 1, sizes[1], functools.reduce(g.mul, sizes[2:], 1)])
         out = g.reshape(_grouped(g, merged, 1, eps), sizes)
+    elif len(x.shape) == 2:  # TensorRT wants a dimension to sum over beside the channels
+        sizes = g.sizes(x)
+        out = g.reshape(_grouped(g, g.reshape(x, [*sizes, 1]), groups, eps), sizes)
     else:
         out = _grouped(g, x, groups, eps)
     return affine(g, out, weight, bias, 1)

@@ -58,7 +58,6 @@ ERRORS = {
         "tensor or a list",
     ),
     "mask": (lambda x: x[x > 3], "torch.Tensor.__getitem__", "tensor or a list"),
-    "step of a slice": (lambda x: x[:, :, -5:], "torch.Tensor.__getitem__", "negative bounds"),
     "cast to integers": (lambda x: x.to(torch.int32), "torch.Tensor.to", "torch.int32"),
     "cast of a comparison": (lambda x: (x < 3).to(torch.int32), "torch.Tensor.to", "torch.bool"),
     "cast that no converter has": (lambda x: x.int(), "torch.Tensor.int", "no converter"),
