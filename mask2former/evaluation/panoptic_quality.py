@@ -23,8 +23,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data.errors import AnnotationError
-
 VOID = 0
 _ID_RANGE = 256**3
 _GROUPS = (("All", None), ("Things", 1), ("Stuff", 0))
@@ -159,6 +157,10 @@ def match_segments(
             continue
         union = pred_area[pred_id] + gt_area[gt_id] - intersection - overlap.get((VOID, pred_id), 0)
         if union <= 0:
+            from ..data.errors import (
+                AnnotationError,
+            )  # here: the mappers of ..data take rgb_to_ids from this module
+
             raise AnnotationError(
                 f"{where}: the true segment {gt_id} has an area of {gt_area[gt_id]} in the JSON, but {gt_pixels[gt_id]} "
                 "pixels in its map; allowed: its number of pixels"

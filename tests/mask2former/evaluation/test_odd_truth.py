@@ -162,7 +162,7 @@ def test_what_several_processes_found_is_told_once(register, oracle_of, monkeypa
 
 def test_area_of_nothing_under_pixels_is_named(register, evaluate):
     prefix = register(each_image(lambda place, segments: [s.update(area=0) for s in segments]))
-    message = r"image 1000001.*segment \d+ has an area of 0 .* but \d+ pixels"
+    message = r"image 100000\d: the true segment \d+ has an area of 0 .* but \d+ pixels"
     with pytest.raises(AnnotationError, match=message):
         evaluate(prefix)
 
