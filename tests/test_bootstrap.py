@@ -5,11 +5,13 @@ The parts of a set-up run with their commands recorded instead of run; CI's own 
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import io
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -403,3 +405,23 @@ def test_compiler_that_appears_has_the_kernels_compiled(project, nvcc):
     commands = project()
     assert any("--editable" in command for command in commands)
     assert not any("download" in command for command in commands)
+
+
+@pytest.mark.parametrize("places", [("CUDA_HOME", "CUDA_PATH", "PATH"), ("CUDA_PATH", "PATH"), ("PATH",), ()])
+def test_announced_compiler_is_the_one_that_setup_takes(places, tmp_path, monkeypatch):
+    """setup.py cannot be imported here: it installs, and needs packages that set-up has not installed yet."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    (function,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "find_nvcc"]
+    names = {"os": os, "shutil": shutil, "Path": Path}
+    exec("from __future__ import annotations\n" + ast.unparse(function), names)
+    monkeypatch.delenv("D2_TRT_KERNELS", raising=False)
+    for place in ("CUDA_HOME", "CUDA_PATH", "PATH"):
+        nvcc = tmp_path / place / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        if place in places:
+            nvcc.touch(0o755)
+        monkeypatch.setenv(place, str(nvcc.parent if place == "PATH" else tmp_path / place))
+    found = bootstrap.find_nvcc()
+    assert found == str(names["find_nvcc"]() or "")
+    if places:
+        assert found == str(tmp_path / places[0] / "bin" / "nvcc")

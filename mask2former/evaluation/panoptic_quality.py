@@ -157,9 +157,8 @@ def match_segments(
             continue
         union = pred_area[pred_id] + gt_area[gt_id] - intersection - overlap.get((VOID, pred_id), 0)
         if union <= 0:
-            from ..data.errors import (
-                AnnotationError,
-            )  # here: the mappers of ..data take rgb_to_ids from this module
+            # Not at the top: the mappers of ..data take rgb_to_ids from this module.
+            from ..data.errors import AnnotationError
 
             raise AnnotationError(
                 f"{where}: the true segment {gt_id} has an area of {gt_area[gt_id]} in the JSON, but {gt_pixels[gt_id]} "
